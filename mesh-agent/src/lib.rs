@@ -1,0 +1,24 @@
+//! Nodemesh in user space. The modules stand in the order in which a connection meets them; who may import whom is
+//! in ARCHITECTURE.md and checked by `cargo xtask lint`.
+
+pub mod app;
+pub mod config;
+
+// Configuration comes in.
+pub mod discovery;
+pub mod model;
+pub mod translate;
+
+// Who is in the mesh.
+pub mod enrollment;
+pub mod redirect;
+
+// The data path.
+pub mod proxy;
+
+// Through everything.
+pub mod admin;
+pub mod cli;
+pub mod identity;
+pub mod lifecycle;
+pub mod telemetry;

@@ -1,0 +1,18 @@
+//! The one internal model: what the data path reads, and nothing else. Immutable, compared, printed; no I/O, no clock,
+//! no Kubernetes or Istio type. `translate` makes it, the proxy reads it through one atomic swap.
+
+mod authorization;
+mod identity;
+mod problem;
+mod service;
+mod snapshot;
+mod workload;
+
+pub use authorization::{
+    Action, AuthorizationPolicy, IpBlock, Match, MtlsMode, MtlsModes, PortMatch, Rule, StringMatch, WorkloadPolicies,
+};
+pub use identity::{IdentityError, SpiffeId, TrustDomain};
+pub use problem::{ObjectRef, Problem, Severity};
+pub use service::{Algorithm, Endpoint, Scope, Service, ServicePort};
+pub use snapshot::{MeshSettings, OutboundPolicy, Snapshot, SnapshotParts, Target};
+pub use workload::{Locality, Transport, Workload};

@@ -1,0 +1,2 @@
+#![no_std]
+//! Types shared by kernel and user side.
