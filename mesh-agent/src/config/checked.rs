@@ -8,7 +8,7 @@ use super::value;
 use super::written::io_reason;
 use super::{ConfigError, Written};
 use crate::model::{OutboundPolicy, TrustDomain};
-use crate::telemetry::LogFormat;
+use crate::telemetry::{LogFormat, logging};
 
 /// What the machine says of itself; a parameter, so that the checks can be tested.
 #[derive(Debug, Clone)]
@@ -309,10 +309,7 @@ impl Reader<'_> {
 
     fn logging(&self) -> Result<Logging, ConfigError> {
         Ok(Logging {
-            filter: self.or("log", "info", |t| match t.parse::<tracing_subscriber::EnvFilter>() {
-                Ok(_) if !t.is_empty() => Ok(t.to_owned()),
-                _ => Err(format!("`{t}` is no log filter; write a level, such as info, or target=level,...")),
-            })?,
+            filter: self.or("log", "info", |t| logging::parse(t).map(|_| t.to_owned()))?,
             format: self.or("log-format", "text", |t| match t {
                 "text" => Ok(LogFormat::Text),
                 "json" => Ok(LogFormat::Json),
