@@ -12,16 +12,22 @@
 //! let stream = client.connect((server.v4(), port).into());
 //! ```
 
+mod agent;
 mod capture;
+mod http;
 mod manifests;
 mod mesh;
 mod netns;
 mod pod;
 mod process;
+pub mod ring;
 mod sweep;
+pub mod traffic;
 mod wait;
 
+pub use agent::{Agent, Controller, agent_binary, meshctl_binary, peer_binary};
 pub use capture::{Capture, Recording, Segment};
+pub use http::{get as http_get, metric};
 pub use manifests::{ClusterIps, Manifests, MeshMode};
 pub use mesh::{Mesh, Node};
 pub use netns::Netns;
