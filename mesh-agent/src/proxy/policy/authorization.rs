@@ -34,6 +34,16 @@ pub enum Denied {
     NotAllowed,
 }
 
+impl std::fmt::Display for Denied {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Plaintext => f.write_str("PeerAuthentication: mutual TLS is STRICT and the client came in plaintext"),
+            Self::ByPolicy(name) => write!(f, "AuthorizationPolicy {name} (DENY)"),
+            Self::NotAllowed => f.write_str("AuthorizationPolicy: no ALLOW policy of the workload matches"),
+        }
+    }
+}
+
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Verdict {
     pub result: Result<Permit, Denied>,
