@@ -42,7 +42,10 @@ fn is_loopback(address: &str) -> bool {
     let ip = address.split(':').next().unwrap_or_default();
     match ip.len() {
         8 => ip.ends_with("7F"),
-        _ => ip == "00000000000000000000000001000000" || (ip.starts_with("0000000000000000FFFF0000") && ip.ends_with("7F")),
+        _ => {
+            ip == "00000000000000000000000001000000"
+                || (ip.starts_with("0000000000000000FFFF0000") && ip.ends_with("7F"))
+        }
     }
 }
 

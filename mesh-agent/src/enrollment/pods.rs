@@ -86,7 +86,10 @@ enum State {
     /// A task is at it.
     Joining,
     Failed(String),
-    Enrolled { pod: Arc<EnrolledPod>, legacy: HashSet<Tuple> },
+    Enrolled {
+        pod: Arc<EnrolledPod>,
+        legacy: HashSet<Tuple>,
+    },
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -146,9 +149,8 @@ impl Enrollment {
     /// Starts what is missing, lets go what is not wanted.
     fn reconcile(&self, pods: &mut BTreeMap<Arc<str>, Pod>, joining: &mut JoinSet<Joined>) {
         let snapshot = self.inputs.snapshot.load_full();
-        let wanted = |w: &&Arc<Workload>| {
-            w.is_on(&self.inputs.node) && w.netns.is_some() && w.transport == Transport::Hbone
-        };
+        let wanted =
+            |w: &&Arc<Workload>| w.is_on(&self.inputs.node) && w.netns.is_some() && w.transport == Transport::Hbone;
         let wanted: BTreeMap<Arc<str>, Arc<Workload>> =
             snapshot.workloads().filter(wanted).map(|w| (w.uid.clone(), w.clone())).collect();
         let leaving: Vec<Arc<str>> = pods
@@ -164,19 +166,8 @@ impl Enrollment {
             self.leave(pods, pod, gone);
         }
         for (uid, workload) in wanted {
-            let again = match pods.get(&uid) {
-                None => true,
-                Some(pod) => matches!(pod.state, State::Failed(_)),
-            };
-            if again {
-                let before = match pods.get(&uid).map(|pod| &pod.state) {
-                    Some(State::Failed(problem)) => Some(problem.clone()),
-                    _ => None,
-                };
-                // What failed waits for the tick, which takes it out of this state.
-                if before.is_some() {
-                    continue;
-                }
+            // What failed is still in the map, until the tick takes it out.
+            if !pods.contains_key(&uid) {
                 joining.spawn(join(workload.clone(), self.inputs.redirect.clone(), self.inputs.certificates.clone()));
                 pods.insert(uid, Pod { workload, state: State::Joining });
             }
@@ -213,7 +204,8 @@ impl Enrollment {
             (self.inputs.events)(PodEvent::Left { uid: workload.uid.clone(), gone });
             if !gone {
                 // Connections that go on need the way back; it is taken away when they have ended.
-                std::thread::Builder::new().name("restore".into()).spawn(move || restore_when_quiet(&pod.netns)).ok();
+                routes::unwanted(&pod.netns);
+                tokio::task::spawn(restore_when_quiet(pod.netns.clone()));
             }
             tracing::info!(pod = %format!("{}/{}", workload.namespace, workload.name), gone, "left the mesh");
         }
@@ -244,11 +236,12 @@ impl Enrollment {
         }
         for uid in lost {
             let Some(pod) = pods.remove(&uid) else { continue };
+            // A pod that failed starts anew; its certificate is still wanted.
             if matches!(pod.state, State::Enrolled { .. }) {
                 let path = pod.workload.netns.clone().unwrap_or_default();
                 tracing::warn!(pod = %pod.workload.name, "the network namespace {} has vanished", path.display());
+                self.leave(pods, pod, true);
             }
-            self.leave(pods, pod, true);
         }
     }
 
@@ -325,16 +318,13 @@ fn same_place(a: &Workload, b: &Workload) -> bool {
     a.netns == b.netns && a.addresses == b.addresses && a.identity == b.identity && a.node == b.node
 }
 
-/// Gives the routes back when no connection needs them any more, or the namespace is gone.
-fn restore_when_quiet(netns: &Netns) {
-    for _ in 0..24 * 3600 {
-        let quiet = legacy::established(netns).is_ok_and(|all| all.is_empty());
-        if quiet || !netns.is_there() {
-            break;
-        }
-        std::thread::sleep(Duration::from_secs(1));
+/// Gives the routes back when no connection needs them any more; not where the pod has come back meanwhile.
+async fn restore_when_quiet(netns: Arc<Netns>) {
+    let mut tick = tokio::time::interval(TICK);
+    while netns.is_there() && legacy::established(&netns).is_ok_and(|all| !all.is_empty()) {
+        tick.tick().await;
     }
-    if let Err(e) = routes::restore(netns) {
+    if let Err(e) = routes::restore_unwanted(&netns) {
         tracing::debug!("cannot take back the routes of a pod that left: {e}");
     }
 }

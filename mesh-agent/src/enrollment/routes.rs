@@ -4,8 +4,10 @@
 //! The agent's packets to the application carry mark 0x111; `tcp_fwmark_accept` gives the accepted socket that mark, and
 //! the rule sends what it answers to `lo`. Istio needs CONNMARK rules in iptables for this; a sysctl does it.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::net::Ipv6Addr;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::route::{RouteMessage, RouteScope, RouteType};
@@ -14,6 +16,7 @@ use rtnetlink::{Handle, RouteMessageBuilder};
 
 use super::Netns;
 use crate::proxy::transport::connect::SPOOF_MARK;
+use crate::redirect::NetnsCookie;
 
 const TABLE: u32 = 100;
 /// Before the main table.
@@ -41,8 +44,14 @@ pub enum RoutesError {
     Route { what: &'static str, netns: String, source: rtnetlink::Error },
 }
 
+/// Namespaces that are prepared and wanted so. Held while one is changed: a pod may come back while its routes are being
+/// taken away.
+static WANTED: Mutex<BTreeSet<NetnsCookie>> = Mutex::new(BTreeSet::new());
+
 /// Prepares `netns`; done twice it changes nothing. Blocks: a thread of its own enters the namespace.
 pub fn prepare(netns: &Netns) -> Result<(), RoutesError> {
+    let mut wanted = wanted();
+    wanted.insert(netns.cookie());
     inside(netns, |handle, v6| async move {
         for (what, family) in families(v6) {
             added(handle.route().add(local_default(family)).execute().await).map_err(|e| (what, e))?;
@@ -64,6 +73,21 @@ pub fn prepare(netns: &Netns) -> Result<(), RoutesError> {
         }
     }
     Ok(())
+}
+
+/// The pod has left; its routes may go when its connections have ended.
+pub fn unwanted(netns: &Netns) {
+    wanted().remove(&netns.cookie());
+}
+
+/// `restore`, unless the pod has come back.
+pub fn restore_unwanted(netns: &Netns) -> Result<(), RoutesError> {
+    let wanted = wanted();
+    if wanted.contains(&netns.cookie()) { Ok(()) } else { restore(netns) }
+}
+
+fn wanted() -> MutexGuard<'static, BTreeSet<NetnsCookie>> {
+    WANTED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Takes back what `prepare` did; what is gone already is no error.
@@ -173,8 +197,10 @@ where
                     let (connection, handle, _) = rtnetlink::new_connection().map_err(netlink)?;
                     tokio::spawn(connection);
                     let v6 = std::path::Path::new("/proc/sys/net/ipv6").exists();
-                    work(handle, v6).await.map_err(|(what, source)| {
-                        RoutesError::Route { what, netns: text(netns), source }
+                    work(handle, v6).await.map_err(|(what, source)| RoutesError::Route {
+                        what,
+                        netns: text(netns),
+                        source,
                     })
                 })
             })

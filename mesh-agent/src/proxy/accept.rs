@@ -1,7 +1,6 @@
 //! A pod's three listeners: what they accept goes to the worker with the fewest connections.
 
 use std::io;
-use std::os::fd::AsFd;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -9,7 +8,6 @@ use std::time::Duration;
 
 use rustix::net::{SocketAddrAny, SocketFlags};
 use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
 use tokio::net::TcpStream;
 
 use super::worker::{Event, LocalPod, Worker};
@@ -42,7 +40,7 @@ pub async fn run(worker: Rc<Worker>, pod: Arc<LocalPod>, gate: Gate) {
         Gate::Plain => &pod.pod.plain,
         Gate::Tls => &pod.pod.hbone,
     };
-    let listener = match AsyncFd::register_with_interest(listener.as_fd(), Interest::READABLE) {
+    let listener = match super::transport::io::watch(listener) {
         Ok(listener) => listener,
         Err(e) => {
             let workload = &pod.pod.workload;
@@ -74,13 +72,7 @@ pub async fn run(worker: Rc<Worker>, pod: Arc<LocalPod>, gate: Gate) {
 }
 
 /// Serves an accepted socket on this worker.
-pub async fn serve(
-    worker: Rc<Worker>,
-    pod: Arc<LocalPod>,
-    gate: Gate,
-    socket: std::net::TcpStream,
-    peer: SocketAddr,
-) {
+pub async fn serve(worker: Rc<Worker>, pod: Arc<LocalPod>, gate: Gate, socket: std::net::TcpStream, peer: SocketAddr) {
     let accepted = socket.local_addr().and_then(|local| {
         let local = SocketAddr::new(local.ip().to_canonical(), local.port());
         Ok(Accepted { tcp: TcpStream::from_std(socket)?, peer, local })
@@ -89,8 +81,6 @@ pub async fn serve(
         Ok(accepted) => accepted,
         Err(e) => return tracing::warn!(%peer, "cannot serve a connection: {e}; check the limit of open files"),
     };
-    // Small answers must not wait for more.
-    let _ = accepted.tcp.set_nodelay(true);
     match gate {
         Gate::Outbound => super::outbound::serve(worker, pod, accepted).await,
         Gate::Plain => super::inbound::serve_plain(worker, pod, accepted).await,

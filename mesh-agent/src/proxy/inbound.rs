@@ -90,12 +90,7 @@ async fn serve_session(worker: &Rc<Worker>, pod: &Arc<LocalPod>, peer: SocketAdd
 }
 
 /// Many connections at once.
-async fn serve_hbone(
-    worker: &Rc<Worker>,
-    pod: &Arc<LocalPod>,
-    peer: SocketAddr,
-    established: handshake::Established,
-) {
+async fn serve_hbone(worker: &Rc<Worker>, pod: &Arc<LocalPod>, peer: SocketAddr, established: handshake::Established) {
     let identity = established.peer.clone();
     let handle = |incoming: Incoming| {
         let (worker, pod, identity) = (worker.clone(), pod.clone(), identity.clone());

@@ -98,7 +98,9 @@ impl Proxy {
     }
 
     /// The same, for those who outlive the borrow.
-    pub fn lister(&self) -> impl Fn() -> futures_util::future::BoxFuture<'static, Vec<ConnectionInfo>> + Send + Sync + use<> {
+    pub fn lister(
+        &self,
+    ) -> impl Fn() -> futures_util::future::BoxFuture<'static, Vec<ConnectionInfo>> + Send + Sync + use<> {
         let shared = self.shared.clone();
         move || {
             let shared = shared.clone();

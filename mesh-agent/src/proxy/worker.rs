@@ -60,8 +60,15 @@ pub enum Event {
     /// Accept for this pod.
     Joined(Arc<LocalPod>),
     /// Accept no more.
-    Left { uid: Arc<str> },
-    Accepted { pod: Arc<LocalPod>, gate: Gate, socket: std::net::TcpStream, peer: SocketAddr },
+    Left {
+        uid: Arc<str>,
+    },
+    Accepted {
+        pod: Arc<LocalPod>,
+        gate: Gate,
+        socket: std::net::TcpStream,
+        peer: SocketAddr,
+    },
     List(oneshot::Sender<Vec<ConnectionInfo>>),
     /// Accept nothing more, let tunnels run dry, end when all connections have.
     Drain,

@@ -49,10 +49,8 @@ pub async fn to_application(
 
 /// Makes a tunnel's socket notice a peer that is gone: after 180 s of silence, as ztunnel does.
 pub fn keep_alive(tcp: &TcpStream) {
-    let keepalive = TcpKeepalive::new()
-        .with_time(Duration::from_secs(180))
-        .with_interval(Duration::from_secs(180))
-        .with_retries(9);
+    let keepalive =
+        TcpKeepalive::new().with_time(Duration::from_secs(180)).with_interval(Duration::from_secs(180)).with_retries(9);
     // Best effort: a tunnel without it works as well, as long as nothing dies.
     let _ = socket2::SockRef::from(tcp).set_tcp_keepalive(&keepalive);
     // Bytes that nobody acknowledges for this long will not be.

@@ -2,10 +2,20 @@
 
 use std::future::poll_fn;
 use std::io::{self, IoSlice, IoSliceMut};
+use std::net::TcpListener;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
 use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 use tokio::net::TcpStream;
+
+/// A listener whose connections can be waited for, without giving it to tokio (which would register each accepted
+/// socket with this worker, though another may serve it).
+pub fn watch(listener: &TcpListener) -> io::Result<AsyncFd<BorrowedFd<'_>>> {
+    // SAFETY: the borrow keeps the descriptor open, and the same, for as long as the AsyncFd lives.
+    unsafe { AsyncFd::register_with_interest(listener.as_fd(), Interest::READABLE) }.map_err(Into::into)
+}
 
 /// Waits until a read may give something. One reader a socket.
 pub async fn readable(socket: &TcpStream) -> io::Result<()> {
@@ -39,14 +49,16 @@ fn partial(
     mut call: impl FnMut() -> rustix::io::Result<usize>,
 ) -> io::Result<Option<usize>> {
     let mut done = None;
-    let result = socket.try_io(interest, || loop {
-        match call() {
-            Err(rustix::io::Errno::INTR) => {}
-            Err(e) => return Err(e.into()),
-            Ok(n) => {
-                done = Some(n);
-                // Said to tokio only, to clear its readiness: the bytes have moved.
-                return if n != 0 && n < whole { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) };
+    let result = socket.try_io(interest, || {
+        loop {
+            match call() {
+                Err(rustix::io::Errno::INTR) => {}
+                Err(e) => return Err(e.into()),
+                Ok(n) => {
+                    done = Some(n);
+                    // Said to tokio only, to clear its readiness: the bytes have moved.
+                    return if n != 0 && n < whole { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) };
+                }
             }
         }
     });

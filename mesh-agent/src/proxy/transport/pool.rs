@@ -101,12 +101,7 @@ pub struct Dialer<'a> {
 
 impl Pool {
     /// Opens a connection to `destination`, an address of `peer`, over a tunnel that stands or a new one.
-    pub async fn open(
-        &self,
-        dialer: &Dialer<'_>,
-        peer: &Peer,
-        destination: SocketAddr,
-    ) -> Result<Carrier, ConnError> {
+    pub async fn open(&self, dialer: &Dialer<'_>, peer: &Peer, destination: SocketAddr) -> Result<Carrier, ConnError> {
         let entry = self.entry(Key {
             source: dialer.pod.workload.uid.clone(),
             destination: peer.uid.clone(),
@@ -169,8 +164,7 @@ impl Pool {
             let stale = |since: Instant, expires: SystemTime| gone || now - since > IDLE || wall >= expires;
             entry.idle.borrow_mut().retain(|idle| !stale(idle.since, idle.expires));
             entry.hbone.borrow_mut().retain(|shared| {
-                !shared.connection.has_ended()
-                    && !(shared.connection.is_idle() && stale(shared.used, shared.expires))
+                !shared.connection.has_ended() && !(shared.connection.is_idle() && stale(shared.used, shared.expires))
             });
             !(gone || entry.is_empty()) || Rc::strong_count(entry) > 1
         });
@@ -293,9 +287,8 @@ async fn dial(dialer: &Dialer<'_>, peer: &Peer, hbone: bool) -> Result<(Establis
     })?;
     connect::keep_alive(&tcp);
     let config = if hbone { &tls.client_h2 } else { &tls.client };
-    let established = handshake::client(tcp, config.clone())
-        .await
-        .map_err(|source| ConnError::Handshake { address, source })?;
+    let established =
+        handshake::client(tcp, config.clone()).await.map_err(|source| ConnError::Handshake { address, source })?;
     if established.peer != peer.identity {
         let found = established.peer.clone();
         return Err(ConnError::WrongIdentity { address, wanted: peer.identity.clone(), found });

@@ -249,8 +249,5 @@ pub fn server(
 fn both(secrets: ExtractedSecrets, kernel: Kernel) -> Result<(Sealer, Opener), RecordError> {
     let ExtractedSecrets { tx, rx } = secrets;
     let shared = Rc::new(Secrets { kernel: RefCell::new(kernel), update_asked: Cell::new(false) });
-    Ok((
-        Sealer { key: Key::new(tx)?, secrets: shared.clone() },
-        Opener { key: Key::new(rx)?, secrets: shared },
-    ))
+    Ok((Sealer { key: Key::new(tx)?, secrets: shared.clone() }, Opener { key: Key::new(rx)?, secrets: shared }))
 }

@@ -197,10 +197,9 @@ impl Session {
         let (we_ended, peer_ended) = (Cell::new(false), Cell::new(false));
         let Self { tcp, sender, receiver, .. } = self;
         let both = async {
-            tokio::try_join!(
-                async { upload(&app, tcp, sender, up).await.map(|()| we_ended.set(true)) },
-                async { download(tcp, receiver, &app, down).await.map(|()| peer_ended.set(true)) },
-            )
+            tokio::try_join!(async { upload(&app, tcp, sender, up).await.map(|()| we_ended.set(true)) }, async {
+                download(tcp, receiver, &app, down).await.map(|()| peer_ended.set(true))
+            },)
         };
         let end = tokio::select! {
             // First, so that the cause on record is the true one.
@@ -215,9 +214,7 @@ impl Session {
         let told = match &end {
             // The peer no longer listens for frames of this connection: only the end of the session reaches it.
             End::LocalReset(_) | End::Cut if we_ended.get() => Err(SessionError::Closed),
-            End::LocalReset(_) | End::Cut if peer_ended.get() => {
-                self.sender.send(&self.tcp, Kind::Reset, &[]).await
-            }
+            End::LocalReset(_) | End::Cut if peer_ended.get() => self.sender.send(&self.tcp, Kind::Reset, &[]).await,
             End::LocalReset(_) | End::Cut => self.reset().await,
             End::PeerReset if we_ended.get() => Ok(()),
             End::PeerReset => self.sender.send(&self.tcp, Kind::Reset, &[]).await,
@@ -289,7 +286,8 @@ async fn upload(app: &TcpStream, tcp: &TcpStream, sender: &mut Sender, count: &C
         sock::readable(app).await.map_err(End::LocalReset)?;
         let mut buffer = Buffer::take();
         let read = {
-            let mut slots = buffer.chunks_exact_mut(SLOT).map(|s| IoSliceMut::new(&mut s[DATA_AT..DATA_AT + SLOT_DATA]));
+            let mut slots =
+                buffer.chunks_exact_mut(SLOT).map(|s| IoSliceMut::new(&mut s[DATA_AT..DATA_AT + SLOT_DATA]));
             let mut slots = [(); 4].map(|()| slots.next().expect("a buffer has four slots"));
             sock::try_read(app, &mut slots).map_err(End::LocalReset)?
         };
