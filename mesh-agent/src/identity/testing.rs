@@ -124,3 +124,19 @@ pub async fn handshake(client: Arc<ClientConfig>, server: Arc<ServerConfig>) -> 
         }
     }
 }
+
+/// Lets the other tasks run until `condition` holds; fails after ten seconds of wall time.
+pub async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    let limit = std::time::Instant::now() + Duration::from_secs(10);
+    while !condition() {
+        assert!(std::time::Instant::now() < limit, "waited in vain until {what}");
+        tokio::task::yield_now().await;
+    }
+}
+
+/// Moves tokio's clock, and with it `Clock::tokio`, without letting it run ahead by itself while sockets are waited for.
+pub async fn pass(time: Duration) {
+    tokio::time::pause();
+    tokio::time::advance(time).await;
+    tokio::time::resume();
+}
