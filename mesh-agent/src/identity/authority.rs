@@ -157,14 +157,15 @@ impl Ca {
         Ok(ca.sign_workload(key, identity, lifetime, now)?)
     }
 
-    /// The chain for the controller's own port, leaf first, without the root.
+    /// The chain for the controller's own port, leaf first, without the root, and when it expires.
     pub fn sign_server(
         &self,
         key: &impl PublicKeyData,
         names: &[String],
-    ) -> Result<Vec<CertificateDer<'static>>, CaError> {
+    ) -> Result<(Vec<CertificateDer<'static>>, SystemTime), CaError> {
         let (ca, now) = self.active()?;
-        Ok(ca.sign_server(key, names, self.options.lifetime, now)?)
+        let not_after = (now + self.options.lifetime).min(ca.not_after);
+        Ok((ca.sign_server(key, names, self.options.lifetime, now)?, not_after))
     }
 
     fn active(&self) -> Result<(Arc<SigningCa>, SystemTime), CaError> {
@@ -240,11 +241,12 @@ impl Ca {
         Ok(())
     }
 
-    /// Runs `advance` whenever it is due. A second call comes back at once.
+    /// Runs `advance` whenever it is due. A second call beside the first comes back at once.
     pub async fn run(self: Arc<Self>) {
         if self.running.swap(true, Ordering::AcqRel) {
             return;
         }
+        let _running = Running(&self.running);
         loop {
             if let Err(problem) = self.advance() {
                 tracing::error!(%problem, "the CA can't go on with its own renewal; it is tried again in an hour");
@@ -286,6 +288,15 @@ impl Ca {
         });
         self.changed.notify_one();
         Ok(())
+    }
+}
+
+/// Takes the mark away also where `run` is dropped in the middle.
+struct Running<'a>(&'a AtomicBool);
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Release);
     }
 }
 

@@ -17,7 +17,7 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 
 use super::bundle::{Bundle, short};
 use super::rotation::{self, Clock, Standing};
-use super::{Ca, CertificateInfo, Trust, WorkloadTls, csr, tls};
+use super::{Ca, CaClient, CertificateInfo, Trust, WorkloadTls, csr, tls};
 use crate::model::{SpiffeId, TrustDomain};
 
 /// A node with a thousand identities starts with this many requests at a time.
@@ -105,6 +105,12 @@ impl Certificates {
     pub fn embedded(ca: Arc<Ca>, options: CertificateOptions) -> Self {
         tokio::spawn(ca.clone().run());
         Self::new(ca, options)
+    }
+
+    /// With a CA elsewhere; keeps its roots fresh too. Must be called on the runtime that shall do the renewing.
+    pub fn remote(client: Arc<CaClient>, options: CertificateOptions) -> Self {
+        tokio::spawn(client.clone().follow_bundle());
+        Self::new(client, options)
     }
 
     pub(super) fn new(authority: Arc<dyn Authority>, options: CertificateOptions) -> Self {

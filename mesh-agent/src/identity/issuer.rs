@@ -14,7 +14,7 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use x509_parser::prelude::{FromDer, X509Certificate};
 
-use super::bundle::{BundleError, certificate_pem, certificates_from_pem};
+use super::bundle::{BundleError, certificate_pem, certificates_from_pem, sha256_hex};
 use super::files::{self, FileError};
 use super::{Bundle, Trust, csr};
 use crate::model::{SpiffeId, TrustDomain};
@@ -51,6 +51,8 @@ pub enum IssuerError {
     Expired { path: PathBuf, subject: String, at: String },
     #[error("{}: `{subject}` is valid only from {at} on; check this machine's clock", path.display())]
     NotYetValid { path: PathBuf, subject: String, at: String },
+    #[error("{}: `{subject}` allows {allowed} CA certificates below it, and {below} are; bring a chain that fits", path.display())]
+    PathLength { path: PathBuf, subject: String, allowed: u32, below: usize },
     #[error("{}: it must begin with the certificate of {CA_CERT}, then what signed it", .0.display())]
     ChainStart(PathBuf),
     #[error("{}: `{subject}` is not signed by `{issuer}`, which follows it; put the issuers in order", path.display())]
@@ -77,7 +79,7 @@ impl SigningCa {
     /// Makes a root and an intermediate and writes them to `dir`.
     pub fn create(dir: &Path, trust_domain: &TrustDomain, now: SystemTime) -> Result<(), IssuerError> {
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
-        let params = ca_params(trust_domain, "root", BasicConstraints::Constrained(1), now, now + ROOT_LIFE);
+        let params = ca_params(trust_domain, "root", &key, BasicConstraints::Constrained(1), now, now + ROOT_LIFE);
         let root_key = key.serialize_pem();
         let root = CertifiedIssuer::self_signed(params, key)?;
         files::create_private_dir(dir)?;
@@ -132,6 +134,7 @@ impl SigningCa {
         for (index, pair) in chain.windows(2).enumerate() {
             let (lower, upper) = (parse(&chain_path, index, &pair[0])?, parse(&chain_path, index + 1, &pair[1])?);
             not_after = not_after.min(check_ca(&chain_path, &upper, now)?);
+            check_path_length(&chain_path, &upper, index + 1)?;
             if !signed(&lower, &upper) {
                 let (subject, issuer) = (lower.subject().to_string(), upper.subject().to_string());
                 return Err(IssuerError::ChainBroken { path: chain_path, subject, issuer });
@@ -143,6 +146,7 @@ impl SigningCa {
             let root = parse(&root_path, index, root)?;
             if signed(&last, &root) {
                 not_after = not_after.min(check_ca(&root_path, &root, now)?);
+                check_path_length(&root_path, &root, chain.len())?;
                 found = true;
             }
         }
@@ -232,6 +236,7 @@ impl SigningCa {
 fn ca_params(
     trust_domain: &TrustDomain,
     role: &str,
+    key: &KeyPair,
     depth: BasicConstraints,
     now: SystemTime,
     not_after: SystemTime,
@@ -239,9 +244,9 @@ fn ca_params(
     let mut params = CertificateParams::default();
     params.distinguished_name = DistinguishedName::new();
     params.distinguished_name.push(DnType::OrganizationName, trust_domain.as_str());
-    // The time tells one root from the next in a list; the fingerprint is what counts.
-    let seconds = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
-    params.distinguished_name.push(DnType::CommonName, format!("Nodemesh {role} {seconds}"));
+    // Two roots of one name would be tried one for the other; the key tells them apart.
+    let id: String = sha256_hex(key.der_bytes()).chars().take(8).collect();
+    params.distinguished_name.push(DnType::CommonName, format!("Nodemesh {role} {id}"));
     params.is_ca = IsCa::Ca(depth);
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
     params.use_authority_key_identifier_extension = true;
@@ -258,7 +263,7 @@ fn create_intermediate(
 ) -> Result<(), IssuerError> {
     let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
     let params =
-        ca_params(trust_domain, "intermediate", BasicConstraints::Constrained(0), now, now + INTERMEDIATE_LIFE);
+        ca_params(trust_domain, "intermediate", &key, BasicConstraints::Constrained(0), now, now + INTERMEDIATE_LIFE);
     let pem = certificate_pem(params.signed_by(&key, root)?.der());
     files::write_private(&dir.join(CA_KEY), key.serialize_pem().as_bytes())?;
     files::write_private(&dir.join(CA_CERT), pem.as_bytes())?;
@@ -298,6 +303,18 @@ fn check_ca(path: &Path, parsed: &X509Certificate<'_>, now: SystemTime) -> Resul
         return Err(IssuerError::NotYetValid { path, subject, at: super::rfc3339(super::system_time(&from)) });
     }
     Ok(super::system_time(&until))
+}
+
+/// webpki does not look at a root's path length, but other peers of HBONE do.
+fn check_path_length(path: &Path, parsed: &X509Certificate<'_>, below: usize) -> Result<(), IssuerError> {
+    let constraints = parsed.basic_constraints().ok().flatten();
+    match constraints.and_then(|constraints| constraints.value.path_len_constraint) {
+        Some(allowed) if below > allowed as usize => {
+            let (path, subject) = (path.to_owned(), parsed.subject().to_string());
+            Err(IssuerError::PathLength { path, subject, allowed, below })
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Whether `upper` has signed `lower`, or is the same certificate's key (a root that signs itself).

@@ -3,12 +3,16 @@
 
 mod authority;
 mod bundle;
+mod ca_client;
+mod ca_server;
 mod certificates;
 mod csr;
 mod files;
 mod issuer;
+mod join_token;
 mod root_rotation;
 mod rotation;
+mod rpc;
 #[cfg(test)]
 mod testing;
 mod tls;
@@ -23,10 +27,15 @@ use crate::model::SpiffeId;
 
 pub use authority::{Ca, CaError, CaOptions};
 pub use bundle::{Bundle, BundleError};
+pub use ca_client::{CaClient, CaClientError, CaClientOptions, Credential};
+pub use ca_server::{CONTROLLER_NAME, CaServerError, CaServerOptions, DEFAULT_PORT, RunsOn, bind, serve};
 pub use certificates::{CertificateOptions, Certificates};
 pub use issuer::IssuerError;
+pub use join_token::{Claims, DEFAULT_TOKEN_LIFE, JoinTokens, TokenError};
 pub use rotation::Clock;
-pub use tls::{ALPN_H2, ALPN_NODEMESH, PeerError, Trust, client_config, peer_identity, provider, server_config};
+pub use tls::{
+    ALPN_H2, ALPN_NODEMESH, PeerError, Trust, client_config, describe, peer_identity, provider, server_config,
+};
 
 /// What one identity needs for both ends of a TLS connection. Swapped whole at rotation.
 pub struct WorkloadTls {

@@ -75,7 +75,7 @@ impl Clock {
 
     /// Waits until this clock shows `due`. Sleeps in pieces, since the monotonic clock stands still while the machine is
     /// suspended and the wall clock may be set.
-    pub async fn sleep_until(&self, due: SystemTime) {
+    pub async fn sleep_until(self, due: SystemTime) {
         while let Ok(left) = due.duration_since(self.now()) {
             if left.is_zero() {
                 return;

@@ -39,6 +39,7 @@ pub struct AnyRoot(pub CertifiedIssuer<'static, KeyPair>);
 impl AnyRoot {
     pub fn new() -> Self {
         let mut params = CertificateParams::default();
+        params.distinguished_name.push(rcgen::DnType::CommonName, format!("root {}", rand::random::<u64>()));
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
         Self(CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap())
@@ -122,4 +123,20 @@ pub async fn handshake(client: Arc<ClientConfig>, server: Arc<ServerConfig>) -> 
             Err((text(server.err()), text(client.err())))
         }
     }
+}
+
+/// Lets the other tasks run until `condition` holds; fails after ten seconds of wall time.
+pub async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    let limit = std::time::Instant::now() + Duration::from_secs(10);
+    while !condition() {
+        assert!(std::time::Instant::now() < limit, "waited in vain until {what}");
+        tokio::task::yield_now().await;
+    }
+}
+
+/// Moves tokio's clock, and with it `Clock::tokio`, without letting it run ahead by itself while sockets are waited for.
+pub async fn pass(time: Duration) {
+    tokio::time::pause();
+    tokio::time::advance(time).await;
+    tokio::time::resume();
 }

@@ -49,7 +49,7 @@ pub fn provider() -> Arc<CryptoProvider> {
 }
 
 /// Why a peer's certificate names no identity of a mesh.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PeerError {
     #[error("the peer has shown no certificate; a workload in the mesh must present one")]
     NoCertificate,
@@ -63,6 +63,13 @@ pub enum PeerError {
     Shape(#[from] IdentityError),
     #[error("the peer `{0}` is of trust domain `{1}`, which is not trusted here; add it to the trust domains")]
     TrustDomain(SpiffeId, TrustDomain),
+}
+
+/// As `Display`: rustls prints a verifier's own error with `Debug`, and that text ends up in access logs.
+impl fmt::Debug for PeerError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
 }
 
 /// Who has proved itself with `chain`, the peer's certificates as rustls hands them out after the handshake.
@@ -212,7 +219,7 @@ impl PeerVerifier {
 }
 
 /// TLS 1.2 is not among the offered versions, so rustls never asks; if it did, the answer is no.
-fn no_tls12() -> rustls::Error {
+pub(super) fn no_tls12() -> rustls::Error {
     rustls::Error::PeerIncompatible(rustls::PeerIncompatible::Tls12NotOfferedOrEnabled)
 }
 
