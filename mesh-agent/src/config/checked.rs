@@ -97,8 +97,9 @@ const MAX_DRAIN: Duration = Duration::from_secs(3600);
 const MAX_WORKERS: u32 = 1024;
 /// 64 bytes an entry: a gigabyte, above which a kernel map is a mistake.
 const MAX_ORIG_DST_ENTRIES: u32 = 16 * 1024 * 1024;
-/// `sockaddr_un::sun_path` has 108 bytes, one of which ends the text.
-const MAX_SOCKET_PATH: usize = 107;
+/// `sockaddr_un::sun_path` has 108 bytes, one of which ends the text; the socket is bound under a name that may be a
+/// little longer first.
+const MAX_SOCKET_PATH: usize = 100;
 
 impl Machine {
     /// This machine.
