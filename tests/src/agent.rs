@@ -1,9 +1,11 @@
 //! The real binary under test: node agents and the controller, as child processes in their nodes' namespaces.
 
+use std::ffi::OsString;
 use std::fs;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::process::Signal;
@@ -11,6 +13,7 @@ use serde_json::Value;
 
 use crate::http;
 use crate::mesh::{Mesh, Node, fresh_log};
+use crate::netns::Netns;
 use crate::pod::{Output, Pod};
 use crate::process::Process;
 use crate::wait::eventually;
@@ -23,56 +26,72 @@ const CA_PORT: u16 = 15012;
 
 /// A node agent. Killed on drop.
 #[derive(Debug)]
-pub struct Agent<'m> {
-    mesh: &'m Mesh,
-    node: &'m Node,
-    flags: Vec<String>,
+pub struct Agent {
+    node: Arc<Node>,
+    arguments: Vec<OsString>,
+    admin_socket: PathBuf,
     log: PathBuf,
     process: Process,
 }
 
 /// The controller. Killed on drop.
 #[derive(Debug)]
-pub struct Controller<'m> {
-    mesh: &'m Mesh,
-    flags: Vec<String>,
+pub struct Controller {
+    netns: Arc<Netns>,
+    address: SocketAddr,
+    arguments: Vec<OsString>,
     log: PathBuf,
     process: Process,
 }
 
 impl Mesh {
     /// Starts the controller in the mesh's control namespace and waits until it listens. `flags` come beyond the usual.
-    pub fn start_controller(&self, flags: &[&str]) -> Controller<'_> {
-        let flags: Vec<String> = flags.iter().map(ToString::to_string).collect();
+    pub fn start_controller(&self, flags: &[&str]) -> Controller {
+        let netns = Arc::clone(self.control());
+        let address = SocketAddr::from((self.control_v4(), CA_PORT));
+        let mut arguments: Vec<OsString> = vec!["controller".into(), "--listen".into(), address.to_string().into()];
+        arguments.extend(["--san".into(), address.ip().to_string().into()]);
+        arguments.extend(["--config-dir".into(), self.manifests().folder().into()]);
+        arguments.extend(["--state-dir".into(), controller_state(self).into()]);
+        arguments.extend(flags.iter().map(OsString::from));
         let log = fresh_log(&self.logs(), "controller");
-        let process = Process::start("controller", controller_command(self, &flags), &log);
-        let mut controller = Controller { mesh: self, flags, log, process };
+        let process = start("controller", &netns, &arguments, &log);
+        let mut controller = Controller { netns, address, arguments, log, process };
         controller.wait_ready();
         controller
     }
 
     /// Starts the agent of a node and waits until it is ready. `flags` come beyond the usual. Unless `--embedded-ca` is
     /// among them, certificates come from the controller, with a join token made for this node.
-    pub fn start_agent(&self, node: &str, flags: &[&str]) -> Agent<'_> {
+    pub fn start_agent(&self, node: &str, flags: &[&str]) -> Agent {
         let mut agent = self.spawn_agent(node, flags);
         agent.wait_ready();
         agent
     }
 
     /// The same without waiting: for agents that are not to become ready.
-    pub fn spawn_agent(&self, node: &str, flags: &[&str]) -> Agent<'_> {
-        let node = self.get_node(node);
-        let mut flags: Vec<String> = flags.iter().map(ToString::to_string).collect();
-        if !flags.iter().any(|flag| flag == "--embedded-ca" || flag == "--ca-address") {
-            flags.extend(["--ca-address".to_owned(), SocketAddr::from((self.control_v4(), CA_PORT)).to_string()]);
+    pub fn spawn_agent(&self, node: &str, flags: &[&str]) -> Agent {
+        let node = Arc::clone(self.get_node(node));
+        let admin_socket = admin_socket(self, &node);
+        let mut arguments: Vec<OsString> = vec!["node".into(), "--node-name".into(), node.name().into()];
+        arguments.extend(["--config-dir".into(), self.manifests().folder().into()]);
+        arguments.extend(["--state-dir".into(), self.dir().join(format!("state-{}", node.name())).into()]);
+        arguments.extend(["--admin-socket".into(), admin_socket.clone().into()]);
+        arguments.extend(["--bpffs".into(), self.bpffs(node.name()).into()]);
+        arguments.extend(["--metrics-address".into(), SocketAddr::from(METRICS).to_string().into()]);
+        arguments.extend(["--readiness-address".into(), SocketAddr::from(READINESS).to_string().into()]);
+        let given = |flag: &str| flags.contains(&flag);
+        if !given("--embedded-ca") && !given("--ca-address") {
+            let controller = SocketAddr::from((self.control_v4(), CA_PORT));
+            arguments.extend(["--ca-address".into(), controller.to_string().into()]);
         }
-        if flags.iter().any(|flag| flag == "--ca-address") && !flags.iter().any(|flag| flag == "--join-token-file") {
-            let token = self.join_token(node.name());
-            flags.extend(["--join-token-file".to_owned(), token.display().to_string()]);
+        if !given("--embedded-ca") && !given("--join-token-file") {
+            arguments.extend(["--join-token-file".into(), self.join_token(node.name()).into()]);
         }
+        arguments.extend(flags.iter().map(OsString::from));
         let log = fresh_log(&self.logs(), &format!("agent-{}", node.name()));
-        let process = Process::start(&format!("agent {}", node.name()), agent_command(self, node, &flags), &log);
-        Agent { mesh: self, node, flags, log, process }
+        let process = start(&format!("agent {}", node.name()), node.netns(), &arguments, &log);
+        Agent { node, arguments, admin_socket, log, process }
     }
 
     /// A file with a token that lets `node` join, and no other.
@@ -96,9 +115,9 @@ impl Mesh {
     }
 }
 
-impl<'m> Agent<'m> {
-    pub fn node(&self) -> &'m Node {
-        self.node
+impl Agent {
+    pub fn node(&self) -> &Node {
+        &self.node
     }
 
     pub fn process(&mut self) -> &mut Process {
@@ -112,8 +131,7 @@ impl<'m> Agent<'m> {
 
     /// Waits for readiness; says how long it took since the call.
     pub fn wait_ready(&mut self) -> Duration {
-        let node = self.node;
-        let process = &mut self.process;
+        let (node, process) = (&self.node, &mut self.process);
         eventually(READY, &format!("agent {} is ready", node.name()), || {
             assert!(process.is_running(), "agent {} ended before it was ready:\n{}", node.name(), process.log());
             http::get(node.netns(), READINESS.into(), "/healthz/ready").is_ok_and(|(status, _)| status == 200)
@@ -143,7 +161,7 @@ impl<'m> Agent<'m> {
     /// Starts it again as it was started, after [`Agent::kill`] or [`Agent::stop`]; says how long it took to be ready.
     pub fn restart(&mut self) -> Duration {
         let name = format!("agent {}", self.node.name());
-        self.process = Process::start(&name, agent_command(self.mesh, self.node, &self.flags), &self.log);
+        self.process = start(&name, self.node.netns(), &self.arguments, &self.log);
         self.wait_ready()
     }
 
@@ -163,7 +181,7 @@ impl<'m> Agent<'m> {
     /// Runs `meshctl` against this agent.
     pub fn meshctl(&self, args: &[&str]) -> Output {
         let mut command = self.node.netns().command(&binary("meshctl", "NODEMESH_MESHCTL").display().to_string());
-        command.arg("--admin-socket").arg(admin_socket(self.mesh, self.node)).args(args);
+        command.arg("--admin-socket").arg(&self.admin_socket).args(args);
         run(command)
     }
 
@@ -183,7 +201,7 @@ impl<'m> Agent<'m> {
     }
 }
 
-impl Controller<'_> {
+impl Controller {
     pub fn process(&mut self) -> &mut Process {
         &mut self.process
     }
@@ -197,16 +215,15 @@ impl Controller<'_> {
     }
 
     pub fn restart(&mut self) {
-        self.process = Process::start("controller", controller_command(self.mesh, &self.flags), &self.log);
+        self.process = start("controller", &self.netns, &self.arguments, &self.log);
         self.wait_ready();
     }
 
     fn wait_ready(&mut self) {
-        let (mesh, process) = (self.mesh, &mut self.process);
+        let (netns, address, process) = (&self.netns, self.address, &mut self.process);
         eventually(READY, "the controller listens", || {
             assert!(process.is_running(), "the controller ended before it was ready:\n{}", process.log());
-            let address = (mesh.control_v4(), CA_PORT);
-            mesh.control().run(|| std::net::TcpStream::connect(address).is_ok())
+            netns.run(|| std::net::TcpStream::connect(address).is_ok())
         });
     }
 }
@@ -227,24 +244,10 @@ fn find_pod(json: &Value, pod: &Pod) -> Option<bool> {
     }
 }
 
-fn agent_command(mesh: &Mesh, node: &Node, flags: &[String]) -> Command {
-    let mut command = node.netns().command(&agent_binary().display().to_string());
-    command.args(["node", "--node-name", node.name(), "--config-dir"]).arg(mesh.manifests().folder());
-    command.arg("--state-dir").arg(mesh.dir().join(format!("state-{}", node.name())));
-    command.arg("--admin-socket").arg(admin_socket(mesh, node)).arg("--bpffs").arg(mesh.bpffs(node.name()));
-    command.args(["--metrics-address", &SocketAddr::from(METRICS).to_string()]);
-    command.args(["--readiness-address", &SocketAddr::from(READINESS).to_string()]);
-    command.args(flags);
-    command
-}
-
-fn controller_command(mesh: &Mesh, flags: &[String]) -> Command {
-    let address = mesh.control_v4();
-    let mut command = mesh.control().command(&agent_binary().display().to_string());
-    command.args(["controller", "--listen", &SocketAddr::from((address, CA_PORT)).to_string()]);
-    command.args(["--san", &address.to_string(), "--config-dir"]).arg(mesh.manifests().folder());
-    command.arg("--state-dir").arg(controller_state(mesh)).args(flags);
-    command
+fn start(name: &str, netns: &Netns, arguments: &[OsString], log: &Path) -> Process {
+    let mut command = netns.command(&agent_binary().display().to_string());
+    command.args(arguments);
+    Process::start(name, command, log)
 }
 
 fn controller_state(mesh: &Mesh) -> PathBuf {

@@ -1,5 +1,6 @@
 //! What passes on the link between the nodes: tcpdump writes it, a small reader of its own looks through it.
 
+use std::collections::HashMap;
 use std::fs;
 use std::net::{IpAddr, UdpSocket};
 use std::path::PathBuf;
@@ -69,7 +70,7 @@ impl Capture {
 impl Recording {
     /// Whether `needle` passed in the clear, within a segment or across two that follow each other.
     pub fn contains(&self, needle: &[u8]) -> bool {
-        self.flows().iter().any(|(_, bytes)| find(bytes, needle).is_some())
+        self.flows().iter().any(|bytes| find(bytes, needle).is_some())
     }
 
     /// Segments that begin with a TLS record of `content` type (22 handshake, 23 application data), version as in TLS 1.3.
@@ -84,16 +85,12 @@ impl Recording {
     }
 
     /// Payload of each direction of each connection, in the order of the wire.
-    fn flows(&self) -> Vec<((IpAddr, u16, IpAddr, u16), Vec<u8>)> {
-        let mut flows: Vec<((IpAddr, u16, IpAddr, u16), Vec<u8>)> = Vec::new();
+    fn flows(&self) -> Vec<Vec<u8>> {
+        let mut flows: HashMap<_, Vec<u8>> = HashMap::new();
         for s in &self.segments {
-            let key = (s.source.0, s.source.1, s.destination.0, s.destination.1);
-            match flows.iter_mut().find(|(k, _)| *k == key) {
-                Some((_, bytes)) => bytes.extend_from_slice(&s.payload),
-                None => flows.push((key, s.payload.clone())),
-            }
+            flows.entry((s.source, s.destination)).or_default().extend_from_slice(&s.payload);
         }
-        flows
+        flows.into_values().collect()
     }
 }
 

@@ -66,8 +66,8 @@ impl Node {
 #[derive(Debug)]
 pub struct Mesh {
     // Fields are dropped in this order: pods before their nodes, nodes before the fabric, folders last.
-    nodes: Vec<Node>,
-    control: Netns,
+    nodes: Vec<Arc<Node>>,
+    control: Arc<Netns>,
     fabric: Netns,
     manifests: Manifests,
     bpffs: Mutex<HashSet<PathBuf>>,
@@ -92,7 +92,7 @@ impl Mesh {
         fabric.ip(&["link add br0 type bridge", "link set br0 up"]);
         let control = Netns::create(&format!("{name}-control"));
         attach_to_fabric(&fabric, &control, "control", CONTROL);
-        Self { nodes: Vec::new(), control, fabric, manifests, bpffs: Mutex::default(), name, dir }
+        Self { nodes: Vec::new(), control: Arc::new(control), fabric, manifests, bpffs: Mutex::default(), name, dir }
     }
 
     /// Adds a node and routes between it and those that are there.
@@ -115,7 +115,7 @@ impl Mesh {
             route_to(&netns, other.number);
             route_to(&other.netns, number);
         }
-        self.nodes.push(Node { name: name.to_owned(), number, netns, used: Mutex::default() });
+        self.nodes.push(Arc::new(Node { name: name.to_owned(), number, netns, used: Mutex::default() }));
         self
     }
 
@@ -159,11 +159,11 @@ impl Mesh {
         node.netns.ip(&[&format!("link delete pod{}", pod.host_number)]);
     }
 
-    pub fn nodes(&self) -> &[Node] {
+    pub fn nodes(&self) -> &[Arc<Node>] {
         &self.nodes
     }
 
-    pub fn get_node(&self, name: &str) -> &Node {
+    pub fn get_node(&self, name: &str) -> &Arc<Node> {
         self.nodes.iter().find(|node| node.name == name).unwrap_or_else(|| panic!("there is no node {name}"))
     }
 
@@ -173,7 +173,7 @@ impl Mesh {
     }
 
     /// The namespace of the controller, on the link at [`Mesh::control_v4`].
-    pub fn control(&self) -> &Netns {
+    pub fn control(&self) -> &Arc<Netns> {
         &self.control
     }
 

@@ -73,6 +73,7 @@ impl Netns {
     pub fn command(&self, program: &str) -> Command {
         let mut command = Command::new(program);
         let file = Arc::clone(&self.file);
+        #[expect(unsafe_code, reason = "a child must be told before it begins")]
         // SAFETY: between fork and exec the closure makes one system call, on a descriptor that it keeps open itself; it
         // allocates nothing and takes no lock.
         unsafe {

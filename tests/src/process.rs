@@ -29,6 +29,7 @@ impl Process {
         let file = file.unwrap_or_else(|e| panic!("cannot write log {}: {e}", log.display()));
         command.stdin(Stdio::null());
         command.stdout(file.try_clone().expect("a file can be duplicated")).stderr(file);
+        #[expect(unsafe_code, reason = "a child must be told before it begins")]
         // SAFETY: one system call between fork and exec, no allocation, no lock.
         unsafe {
             command.pre_exec(|| match libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) {

@@ -40,38 +40,35 @@ impl Mode {
 #[derive(Debug)]
 pub struct World {
     pub mode: Mode,
-    agents: Vec<Mutex<Agent<'static>>>,
-    controller: Option<Mutex<Controller<'static>>>,
-    mesh: Option<&'static Mesh>,
+    agents: Vec<Mutex<Agent>>,
+    controller: Option<Mutex<Controller>>,
+    mesh: Mesh,
 }
 
 impl World {
     /// Starts controller and agents in `mesh`, unless the mode is plain, and waits until they are ready.
     pub fn start(mesh: Mesh, mode: Mode, flags: &[&str]) -> Self {
-        // Agents borrow their mesh and lie beside it; the mesh is taken back from the leak when this is dropped.
-        let mut world = Self { mode, agents: Vec::new(), controller: None, mesh: None };
-        let mesh: &'static Mesh = Box::leak(Box::new(mesh));
-        world.mesh = Some(mesh);
+        let mut world = Self { mode, agents: Vec::new(), controller: None, mesh };
         if mode.is_meshed() {
-            world.controller = Some(Mutex::new(mesh.start_controller(&[])));
-            for node in mesh.nodes() {
-                world.agents.push(Mutex::new(mesh.start_agent(node.name(), flags)));
+            world.controller = Some(Mutex::new(world.mesh.start_controller(&[])));
+            for node in world.mesh.nodes() {
+                world.agents.push(Mutex::new(world.mesh.start_agent(node.name(), flags)));
             }
         }
         world
     }
 
     pub fn mesh(&self) -> &Mesh {
-        self.mesh.expect("a mesh is there until the drop")
+        &self.mesh
     }
 
     /// The agent of a node, for this caller alone.
-    pub fn agent(&self, node: &str) -> std::sync::MutexGuard<'_, Agent<'static>> {
+    pub fn agent(&self, node: &str) -> std::sync::MutexGuard<'_, Agent> {
         let agents = self.agents.iter().map(lock);
         agents.into_iter().find(|agent| agent.node().name() == node).expect("each node of a meshed world has an agent")
     }
 
-    pub fn controller(&self) -> std::sync::MutexGuard<'_, Controller<'static>> {
+    pub fn controller(&self) -> std::sync::MutexGuard<'_, Controller> {
         lock(self.controller.as_ref().expect("a meshed world has a controller"))
     }
 
@@ -91,18 +88,6 @@ impl World {
         });
         let controller = self.controller.iter().map(|c| ("controller".to_owned(), lock(c).log()));
         agents.chain(controller).collect()
-    }
-}
-
-impl Drop for World {
-    fn drop(&mut self) {
-        self.agents.clear();
-        self.controller = None;
-        if let Some(mesh) = self.mesh.take() {
-            // SAFETY: `start` made the reference from a Box that it leaked, and all that borrowed from it is gone by now:
-            // agents and controller above, and methods of this type lend it for no longer than `&self`.
-            drop(unsafe { Box::from_raw(std::ptr::from_ref(mesh).cast_mut()) });
-        }
     }
 }
 

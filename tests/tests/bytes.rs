@@ -1,6 +1,8 @@
 //! What an application may expect of its bytes: none lost, none early, ends and errors as they happened.
 //! Cases 1-9, 13, 16, 17 and 19 of the list that sidecarless meshes have been caught at, across nodes and on one node.
 
+#![expect(unsafe_code, reason = "SO_RCVLOWAT has no safe interface")]
+
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsFd;
