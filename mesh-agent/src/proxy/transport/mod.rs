@@ -16,6 +16,8 @@ pub mod pool;
 pub mod record;
 pub mod session;
 pub mod stream;
+#[cfg(test)]
+mod tests;
 
 /// ALPN of our session tunnel.
 pub const ALPN_SESSION: &[u8] = b"nodemesh/1";

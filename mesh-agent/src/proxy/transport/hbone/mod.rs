@@ -78,6 +78,11 @@ async fn upload(app: &TcpStream, send: &mut SendStream<Bytes>, count: &Cell<u64>
             if let std::task::Poll::Ready(reason) = send.poll_reset(cx) {
                 return std::task::Poll::Ready(Err(reset_end(reason)));
             }
+            // `poll_capacity` tells of growth only, not of what is there already.
+            match send.capacity() {
+                0 => {}
+                room => return std::task::Poll::Ready(Ok(room)),
+            }
             send.poll_capacity(cx).map(|room| match room {
                 Some(Ok(room)) => Ok(room),
                 Some(Err(e)) => Err(broken(e)),
