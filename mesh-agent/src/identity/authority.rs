@@ -213,6 +213,11 @@ impl Ca {
         Ok(())
     }
 
+    /// The nodes that have asked for the roots since the start, in the order of their names.
+    pub fn nodes(&self) -> Vec<String> {
+        self.inner().nodes.keys().cloned().collect()
+    }
+
     /// Does what is due: the phases of a root's change, and a new intermediate when a third of its life is left.
     pub fn advance(&self) -> Result<(), CaError> {
         if self.options.brought.is_some() {
