@@ -121,10 +121,10 @@ pub(super) fn from_clap(error: &clap::Error, help: &str) -> Result<String, Failu
     let sentence = match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => return Ok(error.to_string()),
         ErrorKind::UnknownArgument => {
-            let next = context(ContextKind::SuggestedArg).map_or(see, |s| format!("did you mean `{s}`?"));
+            let next = context(ContextKind::SuggestedArg).map(|s| format!("did you mean `{s}`?")).unwrap_or(see);
             match argument.starts_with('-') {
                 true => format!("unknown flag `{argument}`; {next}"),
-                false => format!("`{argument}` is one argument too many; {see}", see = format_args!("see `{help}`")),
+                false => format!("`{argument}` is one argument too many; {next}"),
             }
         }
         ErrorKind::InvalidSubcommand => {

@@ -18,6 +18,3 @@ pub use written::{Origin, Written};
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct ConfigError(pub String);
-
-#[cfg(test)]
-mod tests;
