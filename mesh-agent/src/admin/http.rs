@@ -29,6 +29,7 @@ const MAX_CONNECTIONS: usize = 64;
 const HEAD_TIMEOUT: Duration = Duration::from_secs(65);
 /// A client that does not read what it asked for loses its place after this long, idle time between requests counted.
 const CONNECTION_TIMEOUT: Duration = Duration::from_secs(600);
+const OUT_OF_DESCRIPTORS: Duration = Duration::from_millis(200);
 
 /// Takes `address` for `purpose` (`metrics`), which `flag` sets. Needs no runtime: ports are taken before it starts.
 pub fn bind(address: SocketAddr, purpose: &str, flag: &str) -> Result<TcpListener, AdminError> {
@@ -107,6 +108,11 @@ where
         let stream = match accept().await {
             Ok(stream) => stream,
             Err(error) if is_of_one_connection(&error) => continue,
+            // Another part of the process has used up the descriptors; the connection waits in the backlog meanwhile.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => {
+                tokio::time::sleep(OUT_OF_DESCRIPTORS).await;
+                continue;
+            }
             Err(error) => return Err(error),
         };
         while connections.try_join_next().is_some() {}

@@ -11,13 +11,10 @@ mod written;
 
 pub use checked::{CertificateAuthority, Cleanup, Controller, Logging, Machine, Node};
 pub use table::{Kind, Role, SETTINGS, Setting};
-pub use value::{duration, written_duration};
+pub use value::{dns_name as node_name, duration, written_duration};
 pub use written::{Origin, Written};
 
 /// One sentence about one setting: where it was written, what is wrong, what to write.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct ConfigError(pub String);
-
-#[cfg(test)]
-mod tests;

@@ -88,7 +88,7 @@ pub(super) fn number(text: &str, min: u32, max: u32) -> Result<u32, String> {
 }
 
 /// A DNS name in lower case, as Kubernetes wants it for nodes and domains.
-pub(super) fn dns_name(text: &str) -> Result<String, String> {
+pub fn dns_name(text: &str) -> Result<String, String> {
     if is_dns_name(text) && !text.bytes().any(|b| b.is_ascii_uppercase()) {
         return Ok(text.to_owned());
     }
