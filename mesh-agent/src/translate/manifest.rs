@@ -96,6 +96,8 @@ fn yaml_options() -> serde_saphyr::Options {
     options.alias_limits.max_replay_stack_depth = 16;
     options.duplicate_keys = serde_saphyr::DuplicateKeyPolicy::Error;
     options.with_snippet = false;
+    // YAML 1.2: `no`, `on` and `y` are texts, so that a pod may be called so. A field that wants a boolean says it.
+    options.strict_booleans = true;
     options
 }
 
@@ -146,6 +148,8 @@ fn one_line(error: &serde_saphyr::Error) -> String {
     let text = error.without_snippet().to_string();
     let first = text.lines().map(str::trim).find(|l| !l.is_empty()).unwrap_or("not readable").to_owned();
     let first = first.strip_prefix("error: ").unwrap_or(&first).to_owned();
+    // It goes on with advice for programmers.
+    let first = first.split(", set DuplicateKeyPolicy").next().unwrap_or(&first).to_owned();
     match first.rfind(" at line ") {
         Some(at) => first[..at].to_owned(),
         None => first,

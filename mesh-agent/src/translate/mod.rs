@@ -201,7 +201,7 @@ fn parse_object(object: &Object, report: &mut Report) -> Option<Result<Parsed, B
             let parsed = istio::authorization_policy(object, report);
             Some(parsed.map(Parsed::AuthorizationPolicy).ok_or_else(|| istio::closed_authorization_policy(object)))
         }
-        (group, kind) if group.ends_with(".istio.io") || group.starts_with("gateway.networking.") => {
+        (group, kind) if object::is_mesh_api(group) => {
             report.warning("", format!("kind {kind} of {group} is not honoured yet: nothing of it is in force"));
             None
         }

@@ -74,6 +74,16 @@ impl Object {
     }
 }
 
+/// Whether objects of this API group are read by the mesh, now or later.
+pub(super) fn is_ours(group: &str) -> bool {
+    matches!(group, "" | "discovery.k8s.io") || is_mesh_api(group)
+}
+
+/// The Istio API and the Gateway API.
+pub(super) fn is_mesh_api(group: &str) -> bool {
+    group.ends_with(".istio.io") || group.starts_with("gateway.networking.")
+}
+
 fn collect(file: &str, path: &str, value: Value, depth: usize, objects: &mut Vec<Object>) -> Result<(), Problem> {
     let text = |key: &str| value.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
     let metadata = |key: &str| value.pointer(&format!("/metadata/{key}")).and_then(Value::as_str).unwrap_or_default();
@@ -120,7 +130,8 @@ fn collect(file: &str, path: &str, value: Value, depth: usize, objects: &mut Vec
             Some(Value::Array(items)) => items,
             Some(Value::Null) | None => Vec::new(),
             Some(_) => {
-                let object = ObjectRef { file: file.into(), kind, namespace: String::new(), name: String::new() };
+                let name = "(without a name)".to_owned();
+                let object = ObjectRef { file: file.into(), kind, namespace: String::new(), name };
                 return Err(Problem {
                     severity: Severity::Error,
                     object: Arc::new(object),
@@ -139,10 +150,15 @@ fn collect(file: &str, path: &str, value: Value, depth: usize, objects: &mut Vec
         }
         return Ok(());
     }
-    if name.is_empty() {
-        return fault("metadata.name", "the object has no name: write metadata.name");
-    }
     let (group, version) = api_version.split_once('/').unwrap_or(("", &api_version));
+    if name.is_empty() {
+        // A Kustomization and its like need no name, and are not ours to judge.
+        return if is_ours(group) {
+            fault("metadata.name", "the object has no name: write metadata.name")
+        } else {
+            Ok(())
+        };
+    }
     let reference = ObjectRef { file: file.into(), kind: kind.clone(), namespace: namespace.into(), name: name.into() };
     objects.push(Object {
         reference: Arc::new(reference),

@@ -50,7 +50,7 @@ impl Report {
             Err(error) => {
                 let path = error.path().to_string();
                 let path = if path == "." { "" } else { &path };
-                self.error(path, error.inner().to_string());
+                self.error(path, plain_words(&error.inner().to_string()));
                 None
             }
         }
@@ -75,6 +75,17 @@ impl Report {
         }
         Some(ip)
     }
+}
+
+/// serde's words, for people who write YAML.
+fn plain_words(message: &str) -> String {
+    let message = message
+        .replace("expected u16", "expected a port number, 1 to 65535")
+        .replace("expected a sequence", "expected a list")
+        .replace("expected a map", "expected an object")
+        .replace("invalid type: map", "invalid type: object")
+        .replace("invalid type: sequence", "invalid type: list");
+    if message.starts_with("missing field") { format!("{message}: write it") } else { message }
 }
 
 /// `field:` with nothing behind it is as good as no field, as for Kubernetes.

@@ -81,7 +81,9 @@ const SPEC: Shape = Shape::Fields(FIELDS);
 const DRY_RUN: &str = "istio.io/dry-run";
 
 pub(in crate::translate) fn authorization_policy(object: &Object, report: &mut Report) -> Option<AuthorizationPolicy> {
-    schema::check(object, &SPEC, report);
+    if !schema::check(object, &SPEC, report) {
+        return None;
+    }
     let Manifest { metadata, spec } = report.read(object)?;
     let (action, source) = action(&spec, report);
     let dry_run = dry_run(&metadata.annotations, report);

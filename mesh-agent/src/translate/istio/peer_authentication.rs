@@ -65,7 +65,9 @@ const SPEC: Shape = Shape::Fields(&[
 ]);
 
 pub(in crate::translate) fn peer_authentication(object: &Object, report: &mut Report) -> Option<PeerAuthentication> {
-    schema::check(object, &SPEC, report);
+    if !schema::check(object, &SPEC, report) {
+        return None;
+    }
     let Manifest { metadata, spec } = report.read(object)?;
     let selector = spec.selector.labels(report);
     let mode = mode("spec.mtls.mode", &spec.mtls.mode, report);
