@@ -1,1 +1,3 @@
 //! The test mesh.
+
+pub mod kernel_fixture;
