@@ -46,18 +46,15 @@ pub mod slot {
     pub const PER_POD: u32 = 2;
 }
 
-/// Addresses that a pod can have, per family.
-pub const MAX_POD_ADDRESSES: usize = 4;
-
-/// An enrolled pod. Unused places are zero; the first of each family is bound before redirecting.
+/// An enrolled pod.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct PodEntry {
     pub index: u32,
     pub flags: u32,
-    /// Network byte order.
-    pub v4: [u32; MAX_POD_ADDRESSES],
-    pub v6: [Ip; MAX_POD_ADDRESSES],
+    /// Bound before redirecting; v4-mapped. Unspecified: the pod has none. All its addresses are in [`map::POD_ADDRS`].
+    pub v4: Ip,
+    pub v6: Ip,
 }
 
 /// What the kernel remembers of a redirected socket.
@@ -85,7 +82,7 @@ pub struct Probe {
 /// How long a probe may take from `connect` to its last SYN retransmission: entries older than that count no more.
 pub const PROBE_TTL_NANOS: u64 = 75_000_000_000;
 
-const _: () = assert!(size_of::<PodEntry>() == 8 + 16 + 64 && align_of::<PodEntry>() == 4);
+const _: () = assert!(size_of::<PodEntry>() == 40 && align_of::<PodEntry>() == 4);
 const _: () = assert!(size_of::<SocketDst>() == 56 && align_of::<SocketDst>() == 4);
 const _: () = assert!(size_of::<Probe>() == 16 && align_of::<Probe>() == 8);
 

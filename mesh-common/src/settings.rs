@@ -1,4 +1,4 @@
-//! Ports, the redirect range, and the read-only globals that the agent sets before it loads the programs.
+//! Ports (a pod may not call these on itself: the agent would call itself), the redirect range, and the read-only globals that the agent sets before it loads the programs.
 
 /// The agent's listener for connections of the pod itself.
 pub const OUTBOUND_PORT: u16 = 15001;
@@ -6,8 +6,6 @@ pub const OUTBOUND_PORT: u16 = 15001;
 pub const PLAIN_PORT: u16 = 15006;
 /// The agent's listener for HBONE.
 pub const HBONE_PORT: u16 = 15008;
-/// A pod may not call these on itself: the agent would call itself.
-pub const AGENT_PORTS: [u16; 3] = [OUTBOUND_PORT, PLAIN_PORT, HBONE_PORT];
 
 /// 127.64.0.0/10 (host byte order): redirected sockets are spread over it, so that a pod has 4 million times its
 /// ephemeral ports and not one time.

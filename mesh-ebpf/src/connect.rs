@@ -5,14 +5,14 @@
 //! Verdict: 1 goes on, with the address as it now stands; 0 refuses, the app sees ECONNREFUSED. Whatever goes wrong for
 //! an enrolled pod refuses.
 
-use aya_ebpf::EbpfContext;
 use aya_ebpf::bindings::{bpf_sock, bpf_sock_addr, sockaddr};
 use aya_ebpf::helpers::generated::{bpf_bind, bpf_get_socket_cookie, bpf_set_retval, bpf_setsockopt};
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
 use aya_log_ebpf::{debug, info};
 use mesh_common::{
-    AGENT_PORTS, Addr, Event, Ip, MESH_V6_PREFIX, OUTBOUND_PORT, PodEntry, SPREAD_V4, SPREAD_V4_MASK, SocketDst,
+    Addr, Event, HBONE_PORT, Ip, MESH_V6_PREFIX, OUTBOUND_PORT, PLAIN_PORT, PodEntry, SPREAD_V4, SPREAD_V4_MASK,
+    SocketDst,
 };
 
 use crate::context::{
@@ -67,20 +67,30 @@ fn connect(cx: &SockAddrContext, family: Family) -> i32 {
         return ALLOW;
     }
     let dst = user_addr(ctx, family);
-    if in_redirect_range(&dst.ip) {
+    // Two copies of what follows, each with the family known: one copy with both has more paths than the verifier walks.
+    if family == Family::V4 || dst.ip.is_v4() {
+        judge(cx, sk, pod, dst, family, true)
+    } else {
+        judge(cx, sk, pod, dst, family, false)
+    }
+}
+
+/// `v4`: is the destination IPv4, whatever the socket's family?
+#[inline(always)]
+fn judge(cx: &SockAddrContext, sk: *mut bpf_sock, pod: &PodEntry, dst: Addr, family: Family, v4: bool) -> i32 {
+    if in_redirect_range(&dst.ip, v4) {
         return redirected_before(sk, &dst);
     }
-    let loopback = is_loopback(&dst.ip);
-    if loopback || enrolled::is_address_of(pod, &dst.ip) {
-        if AGENT_PORTS.contains(&dst.port) {
+    if is_loopback(&dst.ip, v4) || enrolled::is_address_of(pod, &dst.ip) {
+        if dst.port == OUTBOUND_PORT || dst.port == PLAIN_PORT || dst.port == HBONE_PORT {
             return deny(cx, Event::DeniedAgentPort);
         }
         return leave_alone(sk);
     }
-    if is_link_local_or_multicast(&dst.ip) {
+    if is_link_local_or_multicast(&dst.ip, v4) {
         return leave_alone(sk);
     }
-    redirect(cx, sk, pod, dst, family)
+    redirect(cx, sk, pod, dst, family, v4)
 }
 
 #[inline(always)]
@@ -92,21 +102,20 @@ fn user_addr(ctx: *mut bpf_sock_addr, family: Family) -> Addr {
 }
 
 #[inline(always)]
-fn redirect(cx: &SockAddrContext, sk: *mut bpf_sock, pod: &PodEntry, dst: Addr, family: Family) -> i32 {
+fn redirect(cx: &SockAddrContext, sk: *mut bpf_sock, pod: &PodEntry, dst: Addr, family: Family, v4: bool) -> i32 {
     let ctx = cx.sock_addr;
     if !release_device(ctx, sk) {
         return deny(cx, Event::DeniedDevice);
     }
-    let v4 = dst.ip.is_v4();
-    let local = if v4 { Ip::v4(pod.v4[0]) } else { pod.v6[0] };
-    let has_local = if v4 { pod.v4[0] != 0 } else { !local.same(&Ip::UNSPECIFIED) };
+    let local = if v4 { pod.v4 } else { pod.v6 };
+    let has_local = !local.same(&Ip::UNSPECIFIED);
     if has_local && is_unbound(sk, family) && !bind(ctx, &local, family) {
         return deny(cx, Event::DeniedBind);
     }
     // SAFETY: a plain helper on a valid context.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.cast()) };
     let via = Addr::new(spread(cookie, v4), OUTBOUND_PORT);
-    let mut value = SocketDst { dst, via, local: if has_local { local } else { Ip::UNSPECIFIED } };
+    let mut value = SocketDst { dst, via, local };
     let Some(kept) = storage_or_insert(&SOCKET_DST, sk, &mut value) else {
         return deny(cx, Event::DeniedStorage);
     };
@@ -232,8 +241,8 @@ fn spread(cookie: u64, v4: bool) -> Ip {
 }
 
 #[inline(always)]
-fn in_redirect_range(ip: &Ip) -> bool {
-    if ip.is_v4() {
+fn in_redirect_range(ip: &Ip, v4: bool) -> bool {
+    if v4 {
         return u32::from_be(ip.0[3]) & !SPREAD_V4_MASK == SPREAD_V4;
     }
     ip.0[0] == MESH_V6_PREFIX[0] && ip.0[1] == MESH_V6_PREFIX[1]
@@ -241,16 +250,16 @@ fn in_redirect_range(ip: &Ip) -> bool {
 
 /// Loopback, or unspecified, which the kernel takes for loopback.
 #[inline(always)]
-fn is_loopback(ip: &Ip) -> bool {
-    if ip.is_v4() {
+fn is_loopback(ip: &Ip, v4: bool) -> bool {
+    if v4 {
         return ip.0[3].to_ne_bytes()[0] == 127 || ip.0[3] == 0;
     }
     ip.0[0] == 0 && ip.0[1] == 0 && ip.0[2] == 0 && u32::from_be(ip.0[3]) <= 1
 }
 
 #[inline(always)]
-fn is_link_local_or_multicast(ip: &Ip) -> bool {
-    if ip.is_v4() {
+fn is_link_local_or_multicast(ip: &Ip, v4: bool) -> bool {
+    if v4 {
         let host = u32::from_be(ip.0[3]);
         return host >> 16 == 0xa9fe || host >> 28 == 0xe || host == u32::MAX;
     }
@@ -272,6 +281,3 @@ fn mark_probe(ctx: *mut bpf_sock_addr, netns: u64, family: Family) {
 }
 
 const _: () = assert!(size_of::<SockAddrIn>() == 16 && size_of::<SockAddrIn6>() == 28);
-
-#[allow(dead_code, reason = "the log macros need the trait in scope")]
-fn _context<C: EbpfContext>(_: &C) {}

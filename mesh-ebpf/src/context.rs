@@ -18,6 +18,19 @@ macro_rules! field {
 }
 pub(crate) use field;
 
+/// Reads the four words of an IPv6 address in a context.
+macro_rules! field_ip6 {
+    ($ptr:expr, $name:ident) => {
+        Ip([
+            crate::context::field!($ptr, $name[0]),
+            crate::context::field!($ptr, $name[1]),
+            crate::context::field!($ptr, $name[2]),
+            crate::context::field!($ptr, $name[3]),
+        ])
+    };
+}
+pub(crate) use field_ip6;
+
 /// The address in a sock_addr context, v4 hooks.
 #[inline(always)]
 pub fn user_addr4(ctx: *mut bpf_sock_addr) -> Addr {
@@ -27,8 +40,7 @@ pub fn user_addr4(ctx: *mut bpf_sock_addr) -> Addr {
 /// The address in a sock_addr context, v6 hooks.
 #[inline(always)]
 pub fn user_addr6(ctx: *mut bpf_sock_addr) -> Addr {
-    let ip = [field!(ctx, user_ip6[0]), field!(ctx, user_ip6[1]), field!(ctx, user_ip6[2]), field!(ctx, user_ip6[3])];
-    Addr::new(Ip(ip), user_port(ctx))
+    Addr::new(field_ip6!(ctx, user_ip6), user_port(ctx))
 }
 
 #[inline(always)]

@@ -13,7 +13,7 @@ use aya_ebpf::programs::SkLookupContext;
 use aya_log_ebpf::info;
 use mesh_common::{Addr, Event, HBONE_PORT, Ip, PROBE_TTL_NANOS, SockTuple, slot};
 
-use crate::context::field;
+use crate::context::{field, field_ip6};
 use crate::maps::{LISTENERS, NODE_NETNS, POD_INDEX, PROBE_CGROUP, PROBES, count};
 
 const IPPROTO_TCP: u32 = 6;
@@ -53,8 +53,12 @@ pub fn mesh_sk_lookup(cx: SkLookupContext) -> u32 {
 /// Did a process of the probe cgroup, in the node's netns, open this very connection to this very pod?
 #[inline(always)]
 fn is_probe(ctx: *mut bpf_sk_lookup) -> bool {
-    let client = Addr::new(remote_ip(ctx), u16::from_be(field!(ctx, remote_port)));
-    let server = Addr::new(local_ip(ctx), field!(ctx, local_port) as u16);
+    // All fields are read before the family is looked at, see `sockops::tuple_of`.
+    let (local4, remote4) = (Ip::v4(field!(ctx, local_ip4)), Ip::v4(field!(ctx, remote_ip4)));
+    let (local6, remote6) = (field_ip6!(ctx, local_ip6), field_ip6!(ctx, remote_ip6));
+    let (local, remote) = if field!(ctx, family) == AF_INET6 { (local6, remote6) } else { (local4, remote4) };
+    let client = Addr::new(remote, u16::from_be(field!(ctx, remote_port)));
+    let server = Addr::new(local, field!(ctx, local_port) as u16);
     // SAFETY: NO_PREALLOC, see `enrolled::pod`.
     let Some(probe) = (unsafe { PROBES.get(SockTuple::new(NODE_NETNS.load(), client, server)) }) else {
         return false;
@@ -62,25 +66,4 @@ fn is_probe(ctx: *mut bpf_sk_lookup) -> bool {
     // SAFETY: a plain helper.
     let now = unsafe { bpf_ktime_get_ns() };
     probe.pod_index == POD_INDEX.load() && now.wrapping_sub(probe.at_nanos) < PROBE_TTL_NANOS
-}
-
-#[inline(always)]
-fn remote_ip(ctx: *mut bpf_sk_lookup) -> Ip {
-    if field!(ctx, family) != AF_INET6 {
-        return Ip::v4(field!(ctx, remote_ip4));
-    }
-    Ip([
-        field!(ctx, remote_ip6[0]),
-        field!(ctx, remote_ip6[1]),
-        field!(ctx, remote_ip6[2]),
-        field!(ctx, remote_ip6[3]),
-    ])
-}
-
-#[inline(always)]
-fn local_ip(ctx: *mut bpf_sk_lookup) -> Ip {
-    if field!(ctx, family) != AF_INET6 {
-        return Ip::v4(field!(ctx, local_ip4));
-    }
-    Ip([field!(ctx, local_ip6[0]), field!(ctx, local_ip6[1]), field!(ctx, local_ip6[2]), field!(ctx, local_ip6[3])])
 }

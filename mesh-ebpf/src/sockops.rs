@@ -12,7 +12,7 @@ use aya_ebpf::macros::sock_ops;
 use aya_ebpf::programs::SockOpsContext;
 use mesh_common::{Addr, Event, Ip, Probe, SockTuple, SocketDst};
 
-use crate::context::{field, storage};
+use crate::context::{field, field_ip6, storage};
 use crate::enrolled;
 use crate::maps::{NODE_NETNS, ORIG_DST, PROBE_CGROUP, PROBE_SOCK, PROBES, SOCKET_DST, count};
 
@@ -101,27 +101,15 @@ fn socket(ctx: *mut bpf_sock_ops) -> Option<*mut bpf_sock> {
 }
 
 /// As the client has it. `local_port` is in host order, `remote_port` in network order in the upper half of the word.
+///
+/// All fields are read before the family is looked at: of reads in two branches LLVM makes one with a variable offset,
+/// which the verifier refuses.
 #[inline(always)]
 fn tuple_of(ctx: *mut bpf_sock_ops, netns: u64) -> SockTuple {
-    let (local, remote) = if field!(ctx, family) == AF_INET6 {
-        (
-            Ip([
-                field!(ctx, local_ip6[0]),
-                field!(ctx, local_ip6[1]),
-                field!(ctx, local_ip6[2]),
-                field!(ctx, local_ip6[3]),
-            ]),
-            Ip([
-                field!(ctx, remote_ip6[0]),
-                field!(ctx, remote_ip6[1]),
-                field!(ctx, remote_ip6[2]),
-                field!(ctx, remote_ip6[3]),
-            ]),
-        )
-    } else {
-        (Ip::v4(field!(ctx, local_ip4)), Ip::v4(field!(ctx, remote_ip4)))
-    };
+    let (local4, remote4) = (Ip::v4(field!(ctx, local_ip4)), Ip::v4(field!(ctx, remote_ip4)));
+    let (local6, remote6) = (field_ip6!(ctx, local_ip6), field_ip6!(ctx, remote_ip6));
     let local_port = field!(ctx, local_port) as u16;
     let remote_port = u32::from_be(field!(ctx, remote_port)) as u16;
+    let (local, remote) = if field!(ctx, family) == AF_INET6 { (local6, remote6) } else { (local4, remote4) };
     SockTuple::new(netns, Addr::new(local, local_port), Addr::new(remote, remote_port))
 }

@@ -15,6 +15,7 @@
 mod agent;
 mod capture;
 mod http;
+pub mod kernel_fixture;
 mod manifests;
 mod mesh;
 mod netns;

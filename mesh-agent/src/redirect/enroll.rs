@@ -6,17 +6,34 @@ use std::net::IpAddr;
 use std::os::fd::BorrowedFd;
 use std::sync::{MutexGuard, PoisonError};
 
-use mesh_common::{ENROLLED_ENTRIES, Ip, MAX_POD_ADDRESSES, PodEntry as Entry, slot};
+use mesh_common::{ENROLLED_ENTRIES, Ip, PodEntry as Entry, slot};
 
 use super::maps::Maps;
 use super::{NetnsCookie, PodEntry, Redirect, RedirectError, attach, load, pins};
 
+/// A pod's places in the kernel's tables.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Placed {
+    pub index: u32,
+    pub addresses: Vec<Ip>,
+}
+
+pub type Pods = BTreeMap<NetnsCookie, Placed>;
+
 /// Pods that an earlier agent enrolled. Their sk_lookup programs steer by these indices.
-pub fn restore(maps: &Maps) -> Result<BTreeMap<NetnsCookie, u32>, RedirectError> {
-    let mut pods = BTreeMap::new();
+pub fn restore(maps: &Maps) -> Result<Pods, RedirectError> {
+    let mut pods = Pods::new();
     for cookie in maps.enrolled.keys()? {
         if let Some(entry) = maps.enrolled.get(&cookie)? {
-            pods.insert(NetnsCookie(cookie), entry.index);
+            pods.insert(NetnsCookie(cookie), Placed { index: entry.index, addresses: Vec::new() });
+        }
+    }
+    for ip in maps.pod_addrs.keys()? {
+        let Some(index) = maps.pod_addrs.get(&ip)? else { continue };
+        match pods.values_mut().find(|pod| pod.index == index) {
+            Some(pod) => pod.addresses.push(ip),
+            // Of a pod whose enrolment did not come to its end.
+            None => drop(maps.pod_addrs.remove(&ip)?),
         }
     }
     Ok(pods)
@@ -28,14 +45,11 @@ pub fn join(redirect: &Redirect, pod: &PodEntry, netns: BorrowedFd<'_>) -> Resul
         return Err(RedirectError::HostNetwork { cookie: pod.cookie });
     }
     let mut pods = lock(redirect);
-    let known = pods.get(&pod.cookie).copied();
-    let index = match known {
-        Some(index) => index,
+    let before = pods.get(&pod.cookie).cloned();
+    let index = match &before {
+        Some(known) => known.index,
         None => free_index(&pods, redirect)?,
     };
-    let entry = entry_of(pod, index)?;
-    let before = maps.enrolled.get(&pod.cookie.0)?;
-
     maps.set_listener(index * slot::PER_POD + slot::PLAIN, pod.plain_listener)?;
     maps.set_listener(index * slot::PER_POD + slot::HBONE, pod.hbone_listener)?;
     let pin = pins.pod(pod.cookie, index);
@@ -47,25 +61,26 @@ pub fn join(redirect: &Redirect, pod: &PodEntry, netns: BorrowedFd<'_>) -> Resul
     for other in pins.pod_pins()?.into_iter().filter(|other| other.cookie == pod.cookie && other.path != pin) {
         pins::remove(&other.path)?;
     }
-    let addresses = addresses_of(&entry);
+    let addresses: Vec<Ip> = pod.addresses.iter().map(|ip| Ip::from(*ip)).collect();
     for ip in &addresses {
         maps.pod_addrs.set(ip, &index)?;
     }
-    for gone in before.iter().flat_map(addresses_of).filter(|ip| !addresses.contains(ip)) {
-        forget_address(maps, &gone, index)?;
+    for gone in before.iter().flat_map(|known| &known.addresses).filter(|ip| !addresses.contains(ip)) {
+        forget_address(maps, gone, index)?;
     }
-    maps.enrolled.set(&pod.cookie.0, &entry)?;
-    pods.insert(pod.cookie, index);
+    maps.enrolled.set(&pod.cookie.0, &entry_of(&pod.addresses, index))?;
+    pods.insert(pod.cookie, Placed { index, addresses });
     Ok(())
 }
 
 pub fn leave(redirect: &Redirect, cookie: NetnsCookie) -> Result<(), RedirectError> {
     let Redirect { maps, pins, .. } = redirect;
     let mut pods = lock(redirect);
-    let entry = maps.enrolled.get(&cookie.0)?;
     maps.enrolled.remove(&cookie.0)?;
-    for ip in entry.iter().flat_map(addresses_of) {
-        forget_address(maps, &ip, entry.map_or(u32::MAX, |entry| entry.index))?;
+    if let Some(known) = pods.get(&cookie) {
+        for ip in &known.addresses {
+            forget_address(maps, ip, known.index)?;
+        }
     }
     for pin in pins.pod_pins()?.into_iter().filter(|pin| pin.cookie == cookie) {
         pins::remove(&pin.path)?;
@@ -77,14 +92,14 @@ pub fn leave(redirect: &Redirect, cookie: NetnsCookie) -> Result<(), RedirectErr
     Ok(())
 }
 
-fn lock(redirect: &Redirect) -> MutexGuard<'_, BTreeMap<NetnsCookie, u32>> {
-    // The map is changed last of all: it is whole whatever panicked.
+fn lock(redirect: &Redirect) -> MutexGuard<'_, Pods> {
+    // The table is changed last of all: it is whole whatever panicked.
     redirect.pods.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The lowest index that no pod and no pinned sk_lookup program has.
-fn free_index(pods: &BTreeMap<NetnsCookie, u32>, redirect: &Redirect) -> Result<u32, RedirectError> {
-    let mut taken: Vec<u32> = pods.values().copied().collect();
+fn free_index(pods: &Pods, redirect: &Redirect) -> Result<u32, RedirectError> {
+    let mut taken: Vec<u32> = pods.values().map(|pod| pod.index).collect();
     taken.extend(redirect.pins.pod_pins()?.iter().map(|pin| pin.index));
     taken.sort_unstable();
     taken.dedup();
@@ -98,27 +113,11 @@ fn lowest_free(taken: &[u32]) -> Option<u32> {
     (free < ENROLLED_ENTRIES).then_some(free)
 }
 
-fn entry_of(pod: &PodEntry, index: u32) -> Result<Entry, RedirectError> {
-    let mut entry = Entry { index, ..Entry::default() };
-    let (v4, v6): (Vec<IpAddr>, Vec<IpAddr>) =
-        pod.addresses.iter().map(|ip| ip.to_canonical()).partition(IpAddr::is_ipv4);
-    for found in [v4.len(), v6.len()] {
-        if found > MAX_POD_ADDRESSES {
-            return Err(RedirectError::TooManyAddresses { cookie: pod.cookie, found, most: MAX_POD_ADDRESSES });
-        }
-    }
-    for (place, ip) in entry.v4.iter_mut().zip(v4) {
-        *place = Ip::from(ip).0[3];
-    }
-    for (place, ip) in entry.v6.iter_mut().zip(v6) {
-        *place = ip.into();
-    }
-    Ok(entry)
-}
-
-fn addresses_of(entry: &Entry) -> Vec<Ip> {
-    let v4 = entry.v4.iter().filter(|ip| **ip != 0).map(|ip| Ip::v4(*ip));
-    v4.chain(entry.v6.iter().filter(|ip| **ip != Ip::UNSPECIFIED).copied()).collect()
+/// The first address of each family is the one that is bound.
+fn entry_of(addresses: &[IpAddr], index: u32) -> Entry {
+    let first = |v4: bool| addresses.iter().map(IpAddr::to_canonical).find(|ip| ip.is_ipv4() == v4);
+    let ip = |v4: bool| first(v4).map_or(Ip::UNSPECIFIED, Ip::from);
+    Entry { index, flags: 0, v4: ip(true), v6: ip(false) }
 }
 
 /// Unless the address has gone to another pod by now.
@@ -133,15 +132,6 @@ fn forget_address(maps: &Maps, ip: &Ip, index: u32) -> Result<(), RedirectError>
 mod tests {
     use super::*;
 
-    fn pod(addresses: &[&str]) -> PodEntry {
-        PodEntry {
-            cookie: NetnsCookie(7),
-            addresses: addresses.iter().map(|ip| ip.parse().unwrap()).collect(),
-            hbone_listener: -1,
-            plain_listener: -1,
-        }
-    }
-
     #[test]
     fn the_lowest_free_index_is_taken() {
         assert_eq!(lowest_free(&[]), Some(0));
@@ -153,16 +143,11 @@ mod tests {
     }
 
     #[test]
-    fn addresses_come_back_by_family() {
-        let entry = entry_of(&pod(&["fd00::1", "10.0.0.1", "::ffff:10.0.0.2"]), 3).unwrap();
-        let texts: Vec<String> = addresses_of(&entry).into_iter().map(|ip| IpAddr::from(ip).to_string()).collect();
-        assert_eq!(texts, ["10.0.0.1", "10.0.0.2", "fd00::1"]);
-        assert_eq!(entry.index, 3);
-    }
-
-    #[test]
-    fn more_addresses_than_fit_are_refused() {
-        let error = entry_of(&pod(&["10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.0.4", "10.0.0.5"]), 0).unwrap_err();
-        assert!(error.to_string().contains("has 5 addresses of one family and at most 4"), "{error}");
+    fn the_first_address_of_each_family_is_bound() {
+        let addresses = ["fd00::1", "::ffff:10.0.0.1", "10.0.0.2"].map(|ip| ip.parse().unwrap());
+        let entry = entry_of(&addresses, 3);
+        assert_eq!(IpAddr::from(entry.v4).to_string(), "10.0.0.1");
+        assert_eq!(IpAddr::from(entry.v6).to_string(), "fd00::1");
+        assert_eq!(entry_of(&addresses[..1], 3).v4, Ip::UNSPECIFIED);
     }
 }

@@ -45,8 +45,6 @@ pub enum RedirectError {
     Map { map: &'static str, action: &'static str, source: io::Error },
     #[error("pod with netns cookie {} is in the node's own network namespace (hostNetwork); it cannot be enrolled: take the label away", cookie.0)]
     HostNetwork { cookie: NetnsCookie },
-    #[error("pod with netns cookie {} has {found} addresses of one family and at most {most} can be enrolled; take some away", cookie.0)]
-    TooManyAddresses { cookie: NetnsCookie, found: usize, most: usize },
     #[error("{limit} pods are enrolled on this node, which is the most; move pods to another node")]
     TooManyPods { limit: u32 },
     #[error("cannot read this network namespace's cookie: {source}; Nodemesh needs Linux 5.14 or later")]

@@ -59,7 +59,11 @@ pub fn refused(program: &str, error: &ProgramError) -> RedirectError {
     let reason = match error {
         ProgramError::LoadError { io_error, verifier_log } => {
             let log = verifier_log.to_string();
-            let last = log.lines().rev().find(|line| !line.is_empty() && !line.starts_with("processed"));
+            tracing::debug!(program, "the verifier says:\n{log}");
+            // After the reason come statistics.
+            let statistics = ["processed ", "stack depth ", "verification time "];
+            let is_reason = |line: &&str| !line.is_empty() && !statistics.iter().any(|start| line.starts_with(start));
+            let last = log.lines().rev().find(is_reason);
             format!("{io_error}{}", last.map(|line| format!(" ({line})")).unwrap_or_default())
         }
         other => chain(other),

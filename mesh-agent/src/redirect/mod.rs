@@ -14,7 +14,6 @@ mod original_dst;
 mod pins;
 mod sys;
 
-use std::collections::BTreeMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{BorrowedFd, RawFd};
@@ -27,6 +26,7 @@ use mesh_common::{COUNTERS, Event, ORIG_DST_ENTRIES, PROBE_TTL_NANOS, program};
 pub use error::RedirectError;
 pub use mesh_common::{HBONE_PORT, MESH_V6_PREFIX_LEN, OUTBOUND_PORT, PLAIN_PORT};
 
+use enroll::Pods;
 use host::Cgroup;
 use load::Globals;
 use log::KernelLog;
@@ -95,8 +95,8 @@ pub struct Redirect {
     globals: Globals,
     pins: Pins,
     maps: Maps,
-    /// Enrolled pods and their index in the kernel's tables. Held while a pod joins or leaves.
-    pods: Mutex<BTreeMap<NetnsCookie, u32>>,
+    /// Held while a pod joins or leaves.
+    pods: Mutex<Pods>,
     orig_dst_missing: AtomicU64,
     _log: Option<KernelLog>,
 }
