@@ -14,6 +14,7 @@
 
 mod agent;
 mod capture;
+mod cgroup;
 mod http;
 mod manifests;
 mod mesh;
@@ -27,6 +28,7 @@ mod wait;
 
 pub use agent::{Agent, Controller, agent_binary, meshctl_binary, peer_binary};
 pub use capture::{Capture, Recording, Segment};
+pub use cgroup::{Cgroup, cgroup2_mount};
 pub use http::{get as http_get, metric};
 pub use manifests::{ClusterIps, Manifests, MeshMode};
 pub use mesh::{Mesh, Node};
