@@ -14,6 +14,7 @@
 
 mod agent;
 mod capture;
+mod cgroup;
 mod http;
 pub mod kernel_fixture;
 mod manifests;
@@ -28,6 +29,7 @@ mod wait;
 
 pub use agent::{Agent, Controller, agent_binary, meshctl_binary, peer_binary};
 pub use capture::{Capture, Recording, Segment};
+pub use cgroup::{Cgroup, cgroup2_mount};
 pub use http::{get as http_get, metric};
 pub use manifests::{ClusterIps, Manifests, MeshMode};
 pub use mesh::{Mesh, Node};

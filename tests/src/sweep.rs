@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::process;
 
+use crate::cgroup::cgroup2_mount;
 use crate::mesh::PREFIX;
 use crate::netns;
 
@@ -13,6 +14,12 @@ pub fn sweep() -> Vec<String> {
     for name in names(Path::new("/run/netns")).filter(|name| left_behind(name)) {
         netns::delete(&name);
         removed.push(format!("network namespace {name}"));
+    }
+    for name in names(&cgroup2_mount()).filter(|name| left_behind(name)) {
+        let path = cgroup2_mount().join(&name);
+        if fs::remove_dir(&path).is_ok() {
+            removed.push(format!("cgroup {}", path.display()));
+        }
     }
     let temporary = std::env::temp_dir();
     for name in names(&temporary).filter(|name| left_behind(name)) {
