@@ -15,6 +15,6 @@ pub use maps::{
     Probe, SCHEMA, SocketDst, map, slot,
 };
 pub use settings::{
-    HBONE_PORT, MESH_V6_PREFIX, MESH_V6_PREFIX_LEN, OUTBOUND_PORT, PLAIN_PORT, SPREAD_V4, SPREAD_V4_MASK,
-    global, program,
+    HBONE_PORT, MESH_V6_PREFIX, MESH_V6_PREFIX_LEN, OUTBOUND_PORT, PLAIN_PORT, SPREAD_V4, SPREAD_V4_MASK, global,
+    program,
 };

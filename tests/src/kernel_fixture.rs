@@ -276,7 +276,10 @@ pub struct Server {
 }
 
 impl Server {
-    pub fn new(socket: TcpListener, answer: impl Fn(SocketAddr, SocketAddr) -> Option<String> + Send + 'static) -> Self {
+    pub fn new(
+        socket: TcpListener,
+        answer: impl Fn(SocketAddr, SocketAddr) -> Option<String> + Send + 'static,
+    ) -> Self {
         let listener = socket.try_clone().expect("dup");
         let serve = move || {
             // Ends when the socket is shut down.

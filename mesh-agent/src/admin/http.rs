@@ -15,8 +15,8 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Semaphore;
+use tokio_util::either::Either;
 
 use super::AdminError;
 use crate::lifecycle::Readiness;
@@ -48,56 +48,63 @@ pub fn bind(address: SocketAddr, purpose: &str, flag: &str) -> Result<TcpListene
 /// `/metrics` and `/stats/prometheus`, until the future is dropped.
 pub async fn serve_metrics(listener: TcpListener, metrics: Metrics) -> io::Result<()> {
     let listener = tokio::net::TcpListener::from_std(listener)?;
-    serve(
-        async || listener.accept().await.map(|(stream, _)| stream),
-        move |request: Request<Incoming>| {
-            let metrics = metrics.clone();
-            async move {
-                match (request.method(), request.uri().path()) {
-                    (&Method::GET | &Method::HEAD, "/metrics" | "/stats/prometheus") => {
-                        page(StatusCode::OK, Metrics::CONTENT_TYPE, metrics.text())
-                    }
-                    (_, "/metrics" | "/stats/prometheus") => not_allowed("GET, HEAD"),
-                    (_, path) => not_found(path, &["/metrics", "/stats/prometheus"]),
+    serve(Listener::Tcp(listener), move |request: Request<Incoming>| {
+        let metrics = metrics.clone();
+        async move {
+            match (request.method(), request.uri().path()) {
+                (&Method::GET | &Method::HEAD, "/metrics" | "/stats/prometheus") => {
+                    page(StatusCode::OK, Metrics::CONTENT_TYPE, metrics.text())
                 }
+                (_, "/metrics" | "/stats/prometheus") => not_allowed("GET, HEAD"),
+                (_, path) => not_found(path, &["/metrics", "/stats/prometheus"]),
             }
-        },
-    )
+        }
+    })
     .await
 }
 
 /// `/healthz/ready`, until the future is dropped.
 pub async fn serve_readiness(listener: TcpListener, readiness: Readiness) -> io::Result<()> {
     let listener = tokio::net::TcpListener::from_std(listener)?;
-    serve(
-        async || listener.accept().await.map(|(stream, _)| stream),
-        move |request: Request<Incoming>| {
-            let waiting = readiness.waiting_for();
-            async move {
-                match (request.method(), request.uri().path()) {
-                    (&Method::GET | &Method::HEAD, "/healthz/ready") if waiting.is_empty() => {
-                        text(StatusCode::OK, "ready\n")
-                    }
-                    (&Method::GET | &Method::HEAD, "/healthz/ready") => text(
-                        StatusCode::SERVICE_UNAVAILABLE,
-                        format!("not ready: waiting for {}\n", waiting.join(", ")),
-                    ),
-                    (_, "/healthz/ready") => not_allowed("GET, HEAD"),
-                    (_, path) => not_found(path, &["/healthz/ready"]),
+    serve(Listener::Tcp(listener), move |request: Request<Incoming>| {
+        let waiting = readiness.waiting_for();
+        async move {
+            match (request.method(), request.uri().path()) {
+                (&Method::GET | &Method::HEAD, "/healthz/ready") if waiting.is_empty() => {
+                    text(StatusCode::OK, "ready\n")
                 }
+                (&Method::GET | &Method::HEAD, "/healthz/ready") => {
+                    text(StatusCode::SERVICE_UNAVAILABLE, format!("not ready: waiting for {}\n", waiting.join(", ")))
+                }
+                (_, "/healthz/ready") => not_allowed("GET, HEAD"),
+                (_, path) => not_found(path, &["/healthz/ready"]),
             }
-        },
-    )
+        }
+    })
     .await
 }
 
+/// Where requests come from.
+pub(super) enum Listener {
+    Tcp(tokio::net::TcpListener),
+    Unix(tokio::net::UnixListener),
+}
+
+impl Listener {
+    async fn accept(&self) -> io::Result<Either<tokio::net::TcpStream, tokio::net::UnixStream>> {
+        match self {
+            Self::Tcp(listener) => listener.accept().await.map(|(stream, _)| Either::Left(stream)),
+            Self::Unix(listener) => listener.accept().await.map(|(stream, _)| Either::Right(stream)),
+        }
+    }
+}
+
 /// Accepts and answers for ever. Only an error of the listener itself ends it.
-pub(super) async fn serve<S, F>(
-    accept: impl AsyncFn() -> io::Result<S>,
+pub(super) async fn serve<F>(
+    listener: Listener,
     answer: impl Fn(Request<Incoming>) -> F + Clone + Send + Sync + 'static,
 ) -> io::Result<()>
 where
-    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     F: Future<Output = Page> + Send + 'static,
 {
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
@@ -105,7 +112,7 @@ where
     let mut connections = tokio::task::JoinSet::new();
     loop {
         let place = places.clone().acquire_owned().await.expect("the semaphore is never closed");
-        let stream = match accept().await {
+        let stream = match listener.accept().await {
             Ok(stream) => stream,
             Err(error) if is_of_one_connection(&error) => continue,
             // Another part of the process has used up the descriptors; the connection waits in the backlog meanwhile.

@@ -6,5 +6,5 @@ mod pods;
 mod routes;
 
 pub use netns::{Netns, NetnsError};
-pub use pods::{EnrolledPod, Enrollment, Inputs, PodEvent, PodStatus};
+pub use pods::{EnrolledPod, Enrollment, Inputs, PodEvent, PodStatus, Settled};
 pub use routes::{RoutesError, restore};

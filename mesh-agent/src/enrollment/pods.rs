@@ -74,6 +74,17 @@ pub struct Inputs {
 pub struct Enrollment {
     inputs: Inputs,
     statuses: Arc<ArcSwap<Vec<PodStatus>>>,
+    settled: watch::Sender<bool>,
+}
+
+/// Told when the pods that were there at the start have been taken in, or have failed.
+pub struct Settled(watch::Receiver<bool>);
+
+impl Settled {
+    pub async fn wait(mut self) {
+        // An enrolment that has ended settles nothing any more.
+        let _ = self.0.wait_for(|settled| *settled).await;
+    }
 }
 
 /// One local, enabled pod.
@@ -110,12 +121,16 @@ type Joined = (Arc<Workload>, Result<(Arc<EnrolledPod>, HashSet<Tuple>), JoinErr
 
 impl Enrollment {
     pub fn new(inputs: Inputs) -> Self {
-        Self { inputs, statuses: Arc::default() }
+        Self { inputs, statuses: Arc::default(), settled: watch::Sender::new(false) }
     }
 
     /// The pods as they stand, by namespace and name; swapped as a whole.
     pub fn statuses(&self) -> Arc<ArcSwap<Vec<PodStatus>>> {
         self.statuses.clone()
+    }
+
+    pub fn settled(&self) -> Settled {
+        Settled(self.settled.subscribe())
     }
 
     /// Enrols and lets go, until dropped. Pods that are enrolled then stay so in the kernel: nothing passes without an agent.
@@ -131,6 +146,7 @@ impl Enrollment {
                 // Those whom an agent before us enrolled, and who are wanted no more.
                 self.let_strangers_go(&pods);
                 adopted = true;
+                self.settled.send_replace(true);
             }
             self.publish(&pods);
             tokio::select! {

@@ -13,8 +13,8 @@ pub mod worker;
 
 use std::collections::HashMap;
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -46,7 +46,7 @@ pub struct Inputs {
 /// The running data path.
 pub struct Proxy {
     shared: Arc<Shared>,
-    threads: Vec<JoinHandle<io::Result<()>>>,
+    threads: Mutex<Vec<JoinHandle<io::Result<()>>>>,
 }
 
 impl Proxy {
@@ -66,7 +66,7 @@ impl Proxy {
             let thread = std::thread::Builder::new().name(format!("worker-{index}"));
             threads.push(thread.spawn(move || worker::run(index, shared, receiver, changed))?);
         }
-        Ok(Self { shared, threads })
+        Ok(Self { shared, threads: Mutex::new(threads) })
     }
 
     /// Serves a pod, or no longer. To be called in order, from one task.
@@ -109,11 +109,11 @@ impl Proxy {
     }
 
     /// Accepts nothing more, waits until the open connections have ended or `patience` is over, and stops the workers.
-    pub async fn drain(self, patience: Duration) {
+    pub async fn drain(&self, patience: Duration) {
         for index in 0..self.shared.workers.len() {
             self.tell(index, Event::Drain);
         }
-        let threads = self.threads;
+        let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
         let ended = tokio::task::spawn_blocking(move || threads.into_iter().for_each(|t| drop(t.join())));
         if tokio::time::timeout(patience, ended).await.is_err() {
             tracing::warn!("connections were still open after {patience:?} of draining; they are cut");

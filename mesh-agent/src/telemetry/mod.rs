@@ -19,14 +19,13 @@ pub use record::{Facts, Outcome, Party, Reporter, ResponseFlag, Security};
 /// What the data path reports to.
 pub struct Telemetry {
     pub metrics: Metrics,
-    /// `None`: switched off.
-    pub access_log: Option<AccessLog>,
+    pub access_log: AccessLog,
     /// Connections to port 15001 that the kernel has no destination for; they were reset.
     pub original_dst_missing: prometheus::IntCounter,
 }
 
 impl Telemetry {
-    pub fn new(access_log: Option<AccessLog>) -> Self {
+    pub fn new(access_log: AccessLog) -> Self {
         let metrics = Metrics::new();
         let original_dst_missing = prometheus::IntCounter::new(
             "nodemesh_original_destination_missing_total",
@@ -34,13 +33,12 @@ impl Telemetry {
         );
         let original_dst_missing = original_dst_missing.expect("the name is a metric's name");
         metrics.adopt(&original_dst_missing);
+        metrics.adopt(access_log.dropped());
         Self { metrics, access_log, original_dst_missing }
     }
 
     /// Writes the access-log line of a connection that has ended.
     pub fn log(&self, facts: &Facts, outcome: &Outcome) {
-        if let Some(log) = &self.access_log {
-            log.write(facts, outcome);
-        }
+        self.access_log.write(facts, outcome);
     }
 }

@@ -265,20 +265,21 @@ fn hbone_carries_many_connections_at_once() {
                 let (send, receive) = hbone::open(&connection, target(TARGET), &baggage).await.unwrap().unwrap();
                 let (mut client, agent) = pair().await;
                 let counts = Counts::default();
-                let (end, ()) = tokio::join!(hbone::relay(agent, send, receive, Side::Client, &counts, forever()), async {
-                    let bytes = vec![n; 1_000_000];
-                    let (mut read, mut write) = client.split();
-                    let mut back = Vec::new();
-                    let (_, read) = tokio::join!(
-                        async {
-                            write.write_all(&bytes).await.unwrap();
-                            write.shutdown().await.unwrap();
-                        },
-                        read.read_to_end(&mut back)
-                    );
-                    read.unwrap();
-                    assert!(back == bytes);
-                });
+                let (end, ()) =
+                    tokio::join!(hbone::relay(agent, send, receive, Side::Client, &counts, forever()), async {
+                        let bytes = vec![n; 1_000_000];
+                        let (mut read, mut write) = client.split();
+                        let mut back = Vec::new();
+                        let (_, read) = tokio::join!(
+                            async {
+                                write.write_all(&bytes).await.unwrap();
+                                write.shutdown().await.unwrap();
+                            },
+                            read.read_to_end(&mut back)
+                        );
+                        read.unwrap();
+                        assert!(back == bytes);
+                    });
                 assert!(matches!(end, hbone::End::Finished), "{end:?}");
             });
         }
