@@ -15,7 +15,7 @@ use tokio::sync::{Notify, watch};
 use super::certificates::{Authority, SignFuture};
 use super::csr::{CsrError, VerifiedCsr};
 use super::files::{self, FileError};
-use super::issuer::{CA_CERT, CERT_CHAIN, INTERMEDIATE_LIFE, IssuerError, SigningCa};
+use super::issuer::{CA_CERT, CERT_CHAIN, INTERMEDIATE_LIFE, IssuerError, ROOT_CERT, ROOT_LIFE, SigningCa};
 use super::root_rotation::{Pace, Phases};
 use super::{Bundle, BundleError, Clock};
 use crate::model::{SpiffeId, TrustDomain};
@@ -164,14 +164,14 @@ impl Ca {
         names: &[String],
     ) -> Result<(Vec<CertificateDer<'static>>, SystemTime), CaError> {
         let (ca, now) = self.active()?;
-        let not_after = (now + self.options.lifetime).min(ca.not_after);
+        let not_after = (now + self.options.lifetime).min(ca.not_after());
         Ok((ca.sign_server(key, names, self.options.lifetime, now)?, not_after))
     }
 
     fn active(&self) -> Result<(Arc<SigningCa>, SystemTime), CaError> {
         let (inner, now) = (self.inner(), self.options.clock.now());
         let ca = inner.signing().clone();
-        if ca.not_after <= now { Err(CaError::Expired(ca.dir().join(CA_CERT))) } else { Ok((ca, now)) }
+        if ca.not_after() <= now { Err(CaError::Expired(ca.dir().join(CA_CERT))) } else { Ok((ca, now)) }
     }
 
     /// Begins the change to a new root, and answers with its fingerprint. Nothing that is connected notices.
@@ -179,11 +179,15 @@ impl Ca {
         if self.options.brought.is_some() {
             return Err(CaError::Brought);
         }
-        let now = self.options.clock.now();
         let mut inner = self.inner();
         if let Some(next) = &inner.phases.announced {
             return Err(CaError::UnderWay(next.generation));
         }
+        self.announce_root(&mut inner)
+    }
+
+    fn announce_root(&self, inner: &mut Inner) -> Result<String, CaError> {
+        let now = self.options.clock.now();
         let number = inner.phases.next_number();
         let dir = generation_dir(&self.options.state_dir, number);
         SigningCa::create(&dir, &self.options.trust_domain, now)?;
@@ -194,7 +198,7 @@ impl Ca {
         let mut phases = inner.phases.clone();
         phases.announce(number, nodes, now);
         inner.generations.insert(number, Arc::new(ca));
-        self.adopt(&mut inner, phases)?;
+        self.adopt(inner, phases)?;
         tracing::info!(root = %fingerprint, "a new root is announced; it signs when all nodes trust it");
         Ok(fingerprint)
     }
@@ -218,20 +222,26 @@ impl Ca {
         self.inner().nodes.keys().cloned().collect()
     }
 
-    /// Does what is due: the phases of a root's change, and a new intermediate when a third of its life is left.
+    /// Does what is due: the phases of a root's change, a new intermediate when a third of its life is left, a new root when
+    /// a tenth is. What the user has brought is only watched.
     pub fn advance(&self) -> Result<(), CaError> {
-        if self.options.brought.is_some() {
-            return Ok(());
-        }
         let now = self.options.clock.now();
         let mut inner = self.inner();
+        if self.options.brought.is_some() {
+            let (ca, month) = (inner.signing(), Duration::from_secs(30 * 86_400));
+            if now + month >= ca.not_after() {
+                let at = super::rfc3339(ca.not_after());
+                tracing::warn!(dir = %ca.dir().display(), "the CA that you have brought expires at {at}; bring a new one");
+            }
+            return Ok(());
+        }
         let mut phases = inner.phases.clone();
         if phases.advance(now, self.options.pace()) {
             tracing::info!(signing = phases.active, trusted = ?phases.trusted(), "the change of the root goes on");
             self.adopt(&mut inner, phases)?;
         }
         let old = inner.signing().clone();
-        if now + INTERMEDIATE_LIFE / 3 >= old.not_after {
+        if now + INTERMEDIATE_LIFE / 3 >= old.chain_not_after {
             let mut phases = inner.phases.clone();
             let number = phases.next_number();
             let dir = generation_dir(&self.options.state_dir, number);
@@ -242,6 +252,9 @@ impl Ca {
             inner.generations.insert(number, Arc::new(ca));
             self.adopt(&mut inner, phases)?;
             tracing::info!("the intermediate has been renewed");
+        }
+        if inner.phases.announced.is_none() && now + ROOT_LIFE / 10 >= inner.signing().root_not_after {
+            self.announce_root(&mut inner)?;
         }
         Ok(())
     }
@@ -348,6 +361,25 @@ fn lock(path: &Path) -> Result<File, CaError> {
         Err(fs::TryLockError::WouldBlock) => Err(CaError::Locked(path.to_owned())),
         Err(fs::TryLockError::Error(source)) => Err(failed(source).into()),
     }
+}
+
+/// The roots that a join token pins. Takes no lock, so that tokens can be made beside a controller that runs; makes the CA
+/// where there is none yet.
+pub fn trusted_roots(options: &CaOptions) -> Result<Bundle, CaError> {
+    if let Some(dir) = &options.brought {
+        return Ok(Bundle::new(SigningCa::load(dir, &options.trust_domain, options.clock.now())?.roots)?);
+    }
+    let path = options.state_dir.join(STATE);
+    let phases: Phases = match files::read(&path) {
+        Ok(text) => serde_json::from_str(&text).map_err(|e| CaError::State { path, problem: e.to_string() })?,
+        Err(e) if e.is_missing() => return Ok(Ca::open(options.clone())?.bundle()),
+        Err(e) => return Err(e.into()),
+    };
+    let pems = phases
+        .trusted()
+        .into_iter()
+        .map(|number| files::read(&generation_dir(&options.state_dir, number).join(ROOT_CERT)));
+    Ok(Bundle::from_pem(&pems.collect::<Result<String, _>>()?)?)
 }
 
 type Generations = BTreeMap<u64, Arc<SigningCa>>;
