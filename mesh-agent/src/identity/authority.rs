@@ -292,10 +292,7 @@ impl Ca {
         let dropped: Vec<u64> = inner.generations.keys().copied().filter(|number| !trusted.contains(number)).collect();
         for number in dropped {
             inner.generations.remove(&number);
-            let dir = generation_dir(&self.options.state_dir, number);
-            if let Err(problem) = fs::remove_dir_all(&dir) {
-                tracing::warn!(dir = %dir.display(), %problem, "an old generation of the CA can't be removed");
-            }
+            remove_generation(&self.options.state_dir, number);
         }
         let bundle = bundle(inner)?;
         self.roots.send_if_modified(|known| {
@@ -346,6 +343,13 @@ fn bundle(inner: &Inner) -> Result<Bundle, BundleError> {
 
 fn generation_dir(state_dir: &Path, number: u64) -> PathBuf {
     state_dir.join(format!("ca-{number}"))
+}
+
+fn remove_generation(state_dir: &Path, number: u64) {
+    let dir = generation_dir(state_dir, number);
+    if let Err(problem) = fs::remove_dir_all(&dir) {
+        tracing::warn!(dir = %dir.display(), %problem, "an old generation of the CA can't be removed; remove it by hand");
+    }
 }
 
 fn write_phases(state_dir: &Path, phases: &Phases) -> Result<(), FileError> {
@@ -409,13 +413,29 @@ fn open_own(options: &CaOptions, now: SystemTime) -> Result<(Phases, Generations
         return Err(broken("it was written by another version of the agent".to_owned()));
     }
     // First, since what fell due while nothing ran may have expired meanwhile and would not load.
+    let before = phases.trusted();
     if phases.advance(now, options.pace()) {
         write_phases(&options.state_dir, &phases)?;
     }
+    let load = |number| SigningCa::load(&generation_dir(&options.state_dir, number), &options.trust_domain, now);
     let mut generations = BTreeMap::new();
     for number in phases.trusted() {
-        let ca = SigningCa::load(&generation_dir(&options.state_dir, number), &options.trust_domain, now)?;
+        let (number, ca) = match load(number) {
+            // Nothing ran for so long that the intermediate has expired; the root can sign another.
+            Err(IssuerError::Expired { path, .. }) if number == phases.active && path.ends_with(CA_CERT) => {
+                let (old, next) = (generation_dir(&options.state_dir, number), phases.next_number());
+                SigningCa::create_under(&generation_dir(&options.state_dir, next), &old, &options.trust_domain, now)?;
+                let ca = load(next)?;
+                phases.active = next;
+                write_phases(&options.state_dir, &phases)?;
+                (next, ca)
+            }
+            loaded => (number, loaded?),
+        };
         generations.insert(number, Arc::new(ca));
+    }
+    for dropped in before.iter().filter(|number| !generations.contains_key(number)) {
+        remove_generation(&options.state_dir, *dropped);
     }
     Ok((phases, generations))
 }

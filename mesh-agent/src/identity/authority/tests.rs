@@ -241,6 +241,19 @@ async fn the_intermediate_is_renewed_under_the_same_root() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn an_intermediate_that_expired_while_nothing_ran_is_renewed_at_the_start() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = CaOptions { clock: Clock::tokio(), ..CaOptions::new(dir.path(), domain()) };
+    let root = Ca::open(options.clone()).unwrap().bundle();
+    tokio::time::advance(INTERMEDIATE_LIFE + SECOND).await;
+    for _ in 0..2 {
+        let ca = Ca::open(options.clone()).unwrap();
+        assert_eq!((ca.bundle(), signed_for(&ca).len()), (root.clone(), 2));
+        assert!(!generation_dir(dir.path(), 1).exists() && generation_dir(dir.path(), 2).exists());
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn the_root_is_replaced_before_it_expires() {
     let dir = tempfile::tempdir().unwrap();
     let clock = Clock::tokio();
