@@ -48,64 +48,76 @@ pub fn bind(address: SocketAddr, purpose: &str, flag: &str) -> Result<TcpListene
 /// `/metrics` and `/stats/prometheus`, until the future is dropped.
 pub async fn serve_metrics(listener: TcpListener, metrics: Metrics) -> io::Result<()> {
     let listener = tokio::net::TcpListener::from_std(listener)?;
-    serve(
-        async || listener.accept().await.map(|(stream, _)| stream),
-        move |request: Request<Incoming>| {
-            let metrics = metrics.clone();
-            async move {
-                match (request.method(), request.uri().path()) {
-                    (&Method::GET | &Method::HEAD, "/metrics" | "/stats/prometheus") => {
-                        page(StatusCode::OK, Metrics::CONTENT_TYPE, metrics.text())
-                    }
-                    (_, "/metrics" | "/stats/prometheus") => not_allowed("GET, HEAD"),
-                    (_, path) => not_found(path, &["/metrics", "/stats/prometheus"]),
+    serve(listener, move |request: Request<Incoming>| {
+        let metrics = metrics.clone();
+        async move {
+            match (request.method(), request.uri().path()) {
+                (&Method::GET | &Method::HEAD, "/metrics" | "/stats/prometheus") => {
+                    page(StatusCode::OK, Metrics::CONTENT_TYPE, metrics.text())
                 }
+                (_, "/metrics" | "/stats/prometheus") => not_allowed("GET, HEAD"),
+                (_, path) => not_found(path, &["/metrics", "/stats/prometheus"]),
             }
-        },
-    )
+        }
+    })
     .await
 }
 
 /// `/healthz/ready`, until the future is dropped.
 pub async fn serve_readiness(listener: TcpListener, readiness: Readiness) -> io::Result<()> {
     let listener = tokio::net::TcpListener::from_std(listener)?;
-    serve(
-        async || listener.accept().await.map(|(stream, _)| stream),
-        move |request: Request<Incoming>| {
-            let waiting = readiness.waiting_for();
-            async move {
-                match (request.method(), request.uri().path()) {
-                    (&Method::GET | &Method::HEAD, "/healthz/ready") if waiting.is_empty() => {
-                        text(StatusCode::OK, "ready\n")
-                    }
-                    (&Method::GET | &Method::HEAD, "/healthz/ready") => text(
-                        StatusCode::SERVICE_UNAVAILABLE,
-                        format!("not ready: waiting for {}\n", waiting.join(", ")),
-                    ),
-                    (_, "/healthz/ready") => not_allowed("GET, HEAD"),
-                    (_, path) => not_found(path, &["/healthz/ready"]),
+    serve(listener, move |request: Request<Incoming>| {
+        let waiting = readiness.waiting_for();
+        async move {
+            match (request.method(), request.uri().path()) {
+                (&Method::GET | &Method::HEAD, "/healthz/ready") if waiting.is_empty() => {
+                    text(StatusCode::OK, "ready\n")
                 }
+                (&Method::GET | &Method::HEAD, "/healthz/ready") => {
+                    text(StatusCode::SERVICE_UNAVAILABLE, format!("not ready: waiting for {}\n", waiting.join(", ")))
+                }
+                (_, "/healthz/ready") => not_allowed("GET, HEAD"),
+                (_, path) => not_found(path, &["/healthz/ready"]),
             }
-        },
-    )
+        }
+    })
     .await
 }
 
+/// What TCP and Unix listeners have in common.
+pub(super) trait Accept {
+    type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
+
+    fn accept_stream(&self) -> impl Future<Output = io::Result<Self::Stream>> + Send;
+}
+
+impl Accept for tokio::net::TcpListener {
+    type Stream = tokio::net::TcpStream;
+
+    async fn accept_stream(&self) -> io::Result<Self::Stream> {
+        self.accept().await.map(|(stream, _)| stream)
+    }
+}
+
+impl Accept for tokio::net::UnixListener {
+    type Stream = tokio::net::UnixStream;
+
+    async fn accept_stream(&self) -> io::Result<Self::Stream> {
+        self.accept().await.map(|(stream, _)| stream)
+    }
+}
+
 /// Accepts and answers for ever. Only an error of the listener itself ends it.
-pub(super) async fn serve<S, F>(
-    accept: impl AsyncFn() -> io::Result<S>,
+pub(super) async fn serve<F: Future<Output = Page> + Send + 'static>(
+    listener: impl Accept,
     answer: impl Fn(Request<Incoming>) -> F + Clone + Send + Sync + 'static,
-) -> io::Result<()>
-where
-    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-    F: Future<Output = Page> + Send + 'static,
-{
+) -> io::Result<()> {
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     // Dropped with this future, which ends all connections.
     let mut connections = tokio::task::JoinSet::new();
     loop {
         let place = places.clone().acquire_owned().await.expect("the semaphore is never closed");
-        let stream = match accept().await {
+        let stream = match listener.accept_stream().await {
             Ok(stream) => stream,
             Err(error) if is_of_one_connection(&error) => continue,
             // Another part of the process has used up the descriptors; the connection waits in the backlog meanwhile.

@@ -28,4 +28,4 @@ impl AdminError {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -26,13 +26,10 @@ const PAGES: [&str; 9] = [
 /// Answers on `socket` until the future is dropped, which takes the socket away.
 pub async fn serve_admin(socket: AdminSocket, state: Arc<AdminState>) -> io::Result<()> {
     let listener = socket.listener()?;
-    serve(
-        async || listener.accept().await.map(|(stream, _)| stream),
-        move |request| {
-            let state = state.clone();
-            async move { answer(&state, &request).await }
-        },
-    )
+    serve(listener, move |request: Request<Incoming>| {
+        let state = state.clone();
+        async move { answer(&state, &request).await }
+    })
     .await
 }
 
