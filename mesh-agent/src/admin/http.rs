@@ -41,7 +41,10 @@ pub fn bind(address: SocketAddr, purpose: &str, flag: &str) -> Result<TcpListene
             io::ErrorKind::PermissionDenied => "that needs root".to_owned(),
             _ => e.to_string(),
         };
-        AdminError::new(e, format!("cannot listen on {address} for {purpose}: {reason}; choose another with {flag}"))
+        AdminError::new(
+            e.kind(),
+            format!("cannot listen on {address} for {purpose}: {reason}; choose another with {flag}"),
+        )
     })
 }
 
