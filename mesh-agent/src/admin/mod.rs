@@ -17,15 +17,19 @@ pub use state::AdminState;
 #[error("{message}")]
 pub struct AdminError {
     message: String,
-    #[source]
-    source: std::io::Error,
+    /// Told in the message already; kept for the exit code.
+    kind: std::io::ErrorKind,
 }
 
 impl AdminError {
-    fn new(source: std::io::Error, message: impl Into<String>) -> Self {
-        Self { message: message.into(), source }
+    fn new(kind: std::io::ErrorKind, message: impl Into<String>) -> Self {
+        Self { message: message.into(), kind }
+    }
+
+    pub fn kind(&self) -> std::io::ErrorKind {
+        self.kind
     }
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -21,7 +21,7 @@ impl AdminSocket {
     pub fn bind(path: &Path) -> Result<Self, AdminError> {
         if UnixStream::connect(path).is_ok() {
             return Err(AdminError::new(
-                io::ErrorKind::AddrInUse.into(),
+                io::ErrorKind::AddrInUse,
                 format!(
                     "another agent answers on {}; stop it, or choose another socket with --admin-socket",
                     path.display()
@@ -34,7 +34,7 @@ impl AdminSocket {
                 _ => e.to_string(),
             };
             AdminError::new(
-                e,
+                e.kind(),
                 format!(
                     "cannot make the admin socket {}: {reason}; choose another with --admin-socket",
                     path.display()

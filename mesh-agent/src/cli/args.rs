@@ -124,11 +124,11 @@ pub(super) fn parse(
         Some(("controller", matches)) => {
             // Global flags stand in the innermost matches.
             let innermost = matches.subcommand().map_or(matches, |(_, inner)| inner);
-            let controller = Controller::check(&gather(innermost, Role::Controller, &variable)?)?;
+            let written = gather(innermost, Role::Controller, &variable)?;
             match matches.subcommand() {
-                Some(("token", token)) => token_wish(controller, token),
-                Some(("rotate-root", _)) => Ok(Wish::RotateRoot(controller)),
-                _ => Ok(Wish::Controller(controller)),
+                Some(("token", token)) => token_wish(Controller::check_for_tools(&written)?, token),
+                Some(("rotate-root", _)) => Ok(Wish::RotateRoot(Controller::check_for_tools(&written)?)),
+                _ => Ok(Wish::Controller(Controller::check(&written)?)),
             }
         }
         _ => unreachable!("clap wants one of the subcommands above"),

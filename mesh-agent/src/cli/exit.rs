@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 
+use crate::admin::AdminError;
 use crate::config::ConfigError;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -67,7 +68,11 @@ pub(super) fn code(error: &anyhow::Error) -> Exit {
             if cause.is::<ConfigError>() {
                 return Some(Exit::Usage);
             }
-            match cause.downcast_ref::<io::Error>()?.kind() {
+            let kind = match cause.downcast_ref::<AdminError>() {
+                Some(error) => error.kind(),
+                None => cause.downcast_ref::<io::Error>()?.kind(),
+            };
+            match kind {
                 io::ErrorKind::PermissionDenied => Some(Exit::NoPermission),
                 io::ErrorKind::AddrInUse
                 | io::ErrorKind::AddrNotAvailable
@@ -86,7 +91,7 @@ pub(super) fn sentence(error: &anyhow::Error) -> String {
     for cause in error.chain() {
         let cause = cause.to_string().replace('\n', " ");
         let reason = cause.split(" (os error").next().unwrap_or(&cause).to_lowercase();
-        if text.to_lowercase().contains(&reason) || (!text.is_empty() && is_told(&text)) {
+        if text.to_lowercase().contains(&reason) {
             continue;
         }
         if !text.is_empty() {
@@ -95,11 +100,6 @@ pub(super) fn sentence(error: &anyhow::Error) -> String {
         text += &cause;
     }
     text
-}
-
-/// Sentences that end with the next step have told their reason.
-fn is_told(text: &str) -> bool {
-    text.contains("; ")
 }
 
 fn is_broken_pipe(error: &anyhow::Error) -> bool {

@@ -90,6 +90,7 @@ pub struct Logging {
     pub format: LogFormat,
 }
 
+const DEFAULT_CONFIG_DIR: &str = "/etc/nodemesh/manifests";
 /// A certificate must live long enough to be renewed at half its life by a CA that is busy or away for a moment.
 const MIN_CERT_LIFETIME: Duration = Duration::from_secs(10);
 const MAX_CERT_LIFETIME: Duration = Duration::from_secs(365 * 24 * 3600);
@@ -115,7 +116,7 @@ impl Node {
         let w = Reader(written);
         let node = Self {
             node_name: w.node_name(machine)?,
-            config_dir: w.directory("config-dir", "/etc/nodemesh/manifests")?,
+            config_dir: w.directory("config-dir", DEFAULT_CONFIG_DIR)?,
             state_dir: w.path("state-dir", "/var/lib/nodemesh")?,
             admin_socket: w.admin_socket()?,
             workers: match w.or("workers", "0", |t| value::number(t, 0, MAX_WORKERS))? {
@@ -166,9 +167,15 @@ impl Node {
 
 impl Controller {
     pub fn check(written: &Written) -> Result<Self, ConfigError> {
+        Reader(written).directory("config-dir", DEFAULT_CONFIG_DIR)?;
+        Self::check_for_tools(written)
+    }
+
+    /// For `token` and `rotate-root`, which read no manifests: those need not be there.
+    pub fn check_for_tools(written: &Written) -> Result<Self, ConfigError> {
         let w = Reader(written);
         Ok(Self {
-            config_dir: w.directory("config-dir", "/etc/nodemesh/manifests")?,
+            config_dir: w.path("config-dir", DEFAULT_CONFIG_DIR)?,
             state_dir: w.path("state-dir", "/var/lib/nodemesh")?,
             listen: w.or("listen", "0.0.0.0:15012", value::address)?,
             ca_dir: w.optional_directory("ca-dir")?,
@@ -236,7 +243,11 @@ impl Reader<'_> {
         match std::fs::metadata(&path) {
             Ok(meta) if meta.is_dir() => Ok(path),
             Ok(_) => Err(self.error(name, &format!("{} is no directory", path.display()))),
-            Err(e) => Err(self.error(name, &format!("cannot use {}: {}", path.display(), io_reason(&e)))),
+            Err(e) => {
+                let problem =
+                    format!("cannot use {}: {}; name a directory that is there", path.display(), io_reason(&e));
+                Err(self.error(name, &problem))
+            }
         }
     }
 

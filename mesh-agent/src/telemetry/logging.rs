@@ -34,7 +34,7 @@ pub fn init(filter: &str, format: LogFormat) -> Result<LogLevel, String> {
 }
 
 impl LogLevel {
-    fn new(filter: &str) -> Result<(reload::Layer<EnvFilter, Registry>, Self), String> {
+    pub(crate) fn new(filter: &str) -> Result<(reload::Layer<EnvFilter, Registry>, Self), String> {
         let (layer, handle) = reload::Layer::new(parse(filter)?);
         let reload = move |filter| handle.reload(filter).map_err(|e| e.to_string());
         Ok((layer, Self { reload: Arc::new(reload), present: Arc::new(Mutex::new(filter.to_owned())) }))

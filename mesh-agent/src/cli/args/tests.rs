@@ -132,7 +132,7 @@ fn every_wrong_flag_is_one_sentence_and_64() {
             "--outbound-policy DENY",
             "--outbound-policy: `DENY` is no policy; write ALLOW_ANY or REGISTRY_ONLY".to_owned(),
         ),
-        ("--cgroup /nowhere", "--cgroup: cannot use /nowhere: no such file or directory".to_owned()),
+        ("--cgroup /nowhere", "--cgroup: cannot use /nowhere: no such file or directory; name a directory that is there".to_owned()),
         ("--probe-cgroup /proc/version", "--probe-cgroup: /proc/version is no directory".to_owned()),
         ("--orig-dst-entries 0", "--orig-dst-entries: `0` is no number from 1 to 16777216".to_owned()),
         ("--metrics-address 15020", format!("--metrics-address: `15020` {address}")),
@@ -263,11 +263,20 @@ fn the_controller_and_its_commands() {
         panic!("no token")
     };
     assert_eq!((controller.state_dir, node.as_str(), ttl), (PathBuf::from("/x"), "a", Duration::from_secs(600)));
-    assert!(matches!(wish("controller rotate-root --config-dir /", &[]).unwrap(), Wish::RotateRoot(_)));
+    assert!(matches!(wish("controller rotate-root --config-dir /nowhere", &[]).unwrap(), Wish::RotateRoot(_)));
 
+    refused(
+        "controller --config-dir /nowhere",
+        &[],
+        "--config-dir: cannot use /nowhere: no such file or directory; name a directory that is there",
+    );
     let c = "controller --config-dir /";
     refused(&format!("{c} --san a_b"), &[], "--san: `a_b` is neither a DNS name nor an IP address");
-    refused(&format!("{c} --ca-dir /nowhere"), &[], "--ca-dir: cannot use /nowhere: no such file or directory");
+    refused(
+        &format!("{c} --ca-dir /nowhere"),
+        &[],
+        "--ca-dir: cannot use /nowhere: no such file or directory; name a directory that is there",
+    );
     refused(
         &format!("{c} --listen x"),
         &[],

@@ -163,7 +163,7 @@ pub(super) fn policies(answers: &[Answer<Vec<PolicyView>>], screen: Screen) -> S
                 plain(&p.name),
                 (action, mood),
                 plain(p.rules.len().to_string()),
-                plain(joined(&p.workloads)),
+                plain(if screen.wide { joined(&p.workloads) } else { first(&p.workloads) }),
             ],
         );
     }
@@ -182,7 +182,7 @@ pub(super) fn certificates_at(answers: &[Answer<Vec<CertificateInfo>>], screen: 
             column("IDENTITY", Cut::Start),
             column("STATE", Cut::Never),
             column("ENDS IN", Cut::Never),
-            column("SERIAL", Cut::End),
+            wide("SERIAL"),
             wide("FROM"),
             wide("UNTIL"),
             wide("ROOTS"),
@@ -389,6 +389,7 @@ fn first(all: &[String]) -> String {
     }
 }
 
-fn several(n: u64, word: &str) -> String {
+pub(super) fn several(n: impl TryInto<u64>, word: &str) -> String {
+    let n = n.try_into().unwrap_or(u64::MAX);
     if n == 1 { format!("1 {word}") } else { format!("{n} {word}s") }
 }

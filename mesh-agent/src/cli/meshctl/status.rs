@@ -1,6 +1,7 @@
 //! `meshctl status`: one agent, at a glance.
 
 use super::layout::{Screen, age, wrap};
+use super::lists::several;
 use crate::admin::views::StatusView;
 
 /// Width of the names at the left.
@@ -68,13 +69,22 @@ pub(super) fn render(status: &StatusView, screen: Screen) -> String {
         }
         format!("{all}, signed by {certificate_authority}")
     });
-    line("Configuration", format!("generation {snapshot_generation}: {workloads} workloads, {services} services"));
+    line(
+        "Configuration",
+        format!(
+            "generation {snapshot_generation}: {}, {}",
+            several(*workloads, "workload"),
+            several(*services, "service")
+        ),
+    );
     line(
         "Problems",
         match (errors, warnings) {
             (0, 0) => "none".to_owned(),
-            (0, w) => paint(format!("{w} warnings (see `meshctl problems`)"), "33"),
-            (e, w) => paint(format!("{e} errors, {w} warnings (see `meshctl problems`)"), "31"),
+            (0, w) => paint(format!("{} (see `meshctl problems`)", several(*w, "warning")), "33"),
+            (e, w) => {
+                paint(format!("{}, {} (see `meshctl problems`)", several(*e, "error"), several(*w, "warning")), "31")
+            }
         },
     );
     line("Mesh", format!("trust domain {trust_domain}, outside destinations {outbound_policy}"));
