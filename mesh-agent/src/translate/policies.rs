@@ -13,9 +13,16 @@ use crate::model::{self, MtlsMode, MtlsModes, Problem, Severity, WorkloadPolicie
 
 /// Things with a selector, found by a pod's labels without asking each: a namespace may have a policy for every pod.
 struct BySelector<'a, T> {
-    /// Under the first label that each selector asks for, with the order in which they came.
-    by_label: HashMap<(&'a str, &'a str), Vec<(usize, &'a Labels, T)>>,
+    /// Under the first label that each selector asks for.
+    by_label: HashMap<(&'a str, &'a str), Vec<Selecting<'a, T>>>,
     count: usize,
+}
+
+struct Selecting<'a, T> {
+    /// When it came.
+    order: usize,
+    selector: &'a Labels,
+    item: T,
 }
 
 impl<T> Default for BySelector<'_, T> {
@@ -27,16 +34,16 @@ impl<T> Default for BySelector<'_, T> {
 impl<'a, T: Copy> BySelector<'a, T> {
     fn insert(&mut self, selector: &'a Labels, item: T) {
         let (key, value) = selector.iter().next().expect("a selector without labels is none");
-        self.by_label.entry((key, value)).or_default().push((self.count, selector, item));
+        self.by_label.entry((key, value)).or_default().push(Selecting { order: self.count, selector, item });
         self.count += 1;
     }
 
     /// Those that select `labels`, in the order in which they came.
     fn of(&self, labels: &Labels) -> Vec<T> {
         let asked = labels.iter().filter_map(|(k, v)| self.by_label.get(&(k.as_str(), v.as_str()))).flatten();
-        let mut found: Vec<_> = asked.filter(|(_, s, _)| selects(s, labels)).map(|(i, _, t)| (*i, *t)).collect();
-        found.sort_by_key(|(i, _)| *i);
-        found.into_iter().map(|(_, item)| item).collect()
+        let mut found: Vec<_> = asked.filter(|s| selects(s.selector, labels)).collect();
+        found.sort_by_key(|s| s.order);
+        found.into_iter().map(|s| s.item).collect()
     }
 }
 
