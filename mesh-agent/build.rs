@@ -19,11 +19,12 @@ fn build_kernel_programs() -> Result<()> {
     for path in ["src", "Cargo.toml"] {
         println!("cargo::rerun-if-changed=../mesh-common/{path}");
     }
-    let variable = |name: &str| env::var_os(name).map(PathBuf::from).with_context(|| format!("cargo did not set {name}"));
+    let variable =
+        |name: &str| env::var_os(name).map(PathBuf::from).with_context(|| format!("cargo did not set {name}"));
     let out = variable("OUT_DIR")?;
     let mesh_ebpf = variable("CARGO_MANIFEST_DIR")?.join("../mesh-ebpf");
-    let (object, _) = toolchain::build(&variable("CARGO")?, &mesh_ebpf, &ebpf_target_dir(&out))
-        .map_err(|sentence| {
+    let (object, _) =
+        toolchain::build(&variable("CARGO")?, &mesh_ebpf, &ebpf_target_dir(&out)).map_err(|sentence| {
             println!("cargo::warning={}", sentence.lines().next().unwrap_or_default());
             anyhow!(sentence)
         })?;

@@ -123,6 +123,7 @@ fn is_of_outer_cargo(name: &OsString) -> bool {
     if kept.iter().any(|prefix| name.starts_with(prefix)) {
         return false;
     }
-    let names = ["CARGO", "RUSTFLAGS", "RUSTDOC", "RUSTDOCFLAGS", "TARGET", "HOST", "OUT_DIR", "PROFILE", "OPT_LEVEL", "DEBUG"];
+    let names =
+        ["CARGO", "RUSTFLAGS", "RUSTDOC", "RUSTDOCFLAGS", "TARGET", "HOST", "OUT_DIR", "PROFILE", "OPT_LEVEL", "DEBUG"];
     names.contains(&name) || name.starts_with("CARGO_") || name.starts_with("RUSTC")
 }

@@ -25,11 +25,7 @@ impl Ip {
 
     #[inline(always)]
     pub const fn same(&self, other: &Self) -> bool {
-        (self.0[0] ^ other.0[0])
-            | (self.0[1] ^ other.0[1])
-            | (self.0[2] ^ other.0[2])
-            | (self.0[3] ^ other.0[3])
-            == 0
+        (self.0[0] ^ other.0[0]) | (self.0[1] ^ other.0[1]) | (self.0[2] ^ other.0[2]) | (self.0[3] ^ other.0[3]) == 0
     }
 }
 

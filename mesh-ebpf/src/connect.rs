@@ -81,7 +81,7 @@ fn judge(cx: &SockAddrContext, sk: *mut bpf_sock, pod: &PodEntry, dst: Addr, fam
     if in_redirect_range(&dst.ip, v4) {
         return redirected_before(sk, &dst);
     }
-    if is_loopback(&dst.ip, v4) || enrolled::is_address_of(pod, &dst.ip) {
+    if is_loopback(&dst.ip, v4) || enrolled::is_address_of(pod.index, &dst.ip) {
         if dst.port == OUTBOUND_PORT || dst.port == PLAIN_PORT || dst.port == HBONE_PORT {
             return deny(cx, Event::DeniedAgentPort);
         }

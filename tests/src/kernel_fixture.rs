@@ -9,8 +9,8 @@ use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -276,6 +276,8 @@ pub struct Server {
     pub socket: TcpListener,
     answer: Answer,
     thread: Option<JoinHandle<()>>,
+    keepers: Vec<JoinHandle<()>>,
+    released: Arc<(Mutex<bool>, Condvar)>,
 }
 
 impl Server {
@@ -283,7 +285,8 @@ impl Server {
         socket: TcpListener,
         answer: impl Fn(SocketAddr, SocketAddr) -> Option<String> + Send + Sync + 'static,
     ) -> Self {
-        let mut server = Self { socket, answer: Arc::new(answer), thread: None };
+        let mut server =
+            Self { socket, answer: Arc::new(answer), thread: None, keepers: Vec::new(), released: Arc::default() };
         server.resume();
         server
     }
@@ -304,14 +307,29 @@ impl Server {
         });
     }
 
-    /// From now on each connection is told to `seen`, and kept open until the server goes.
-    pub fn keep(&mut self, seen: impl Fn(SocketAddr, SocketAddr) + Send + 'static) {
+    /// Stops answering: each connection is told to `seen` and kept open until the server goes. Each thread keeps `each`, in a table of file descriptors of its own.
+    pub fn keep(&mut self, each: usize, threads: usize, seen: impl Fn(SocketAddr, SocketAddr) + Send + Sync + 'static) {
         self.pause();
-        let mut kept = Vec::new();
-        self.accept_with(move |stream, local, peer| {
-            seen(local, peer);
-            kept.push(stream);
-        });
+        let seen = Arc::new(seen);
+        for _ in 0..threads {
+            let (listener, seen) = (self.socket.try_clone().expect("dup"), Arc::clone(&seen));
+            let released = self.released.clone();
+            self.keepers.push(thread::spawn(move || {
+                own_file_table();
+                let mut kept = Vec::with_capacity(each);
+                while kept.len() < each {
+                    let Ok((stream, peer)) = listener.accept() else { break };
+                    if let Ok(local) = stream.local_addr() {
+                        seen(canonical(local), canonical(peer));
+                    }
+                    kept.push(stream);
+                }
+                let mut gone = released.0.lock().expect("no panic under the lock");
+                while !*gone {
+                    gone = released.1.wait(gone).expect("no panic under the lock");
+                }
+            }));
+        }
     }
 
     fn accept_with(&mut self, mut take: impl FnMut(TcpStream, SocketAddr, SocketAddr) + Send + 'static) {
@@ -338,6 +356,11 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         self.stop();
+        *self.released.0.lock().expect("no panic under the lock") = true;
+        self.released.1.notify_all();
+        for keeper in self.keepers.drain(..) {
+            let _ = keeper.join();
+        }
     }
 }
 
@@ -430,6 +453,18 @@ pub fn connect_with_fast_open(socket: &Socket, to: SocketAddr) {
     assert_eq!(sent, 1, "{}", io::Error::last_os_error());
 }
 
+/// IP_TRANSPARENT, or its IPv6 twin: the socket may have a foreign source address.
+pub fn set_transparent(socket: &Socket, to: SocketAddr) {
+    let (level, option) = match to {
+        SocketAddr::V4(_) => (libc::SOL_IP, libc::IP_TRANSPARENT),
+        SocketAddr::V6(_) => (libc::SOL_IPV6, libc::IPV6_TRANSPARENT),
+    };
+    let on = 1i32;
+    // SAFETY: value and length are of the option's size.
+    let result = unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, (&raw const on).cast(), 4) };
+    assert_eq!(result, 0, "{}", io::Error::last_os_error());
+}
+
 /// Takes capabilities from the calling thread.
 pub fn drop_capabilities(numbers: &[u32]) {
     use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
@@ -440,13 +475,11 @@ pub fn drop_capabilities(numbers: &[u32]) {
     set_capabilities(None, sets).expect("set capabilities");
 }
 
-pub fn raise_file_limit(limit: u64) {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let now = getrlimit(Resource::Nofile);
-    if now.current.is_some_and(|current| current < limit) {
-        let maximum = now.maximum.map(|maximum| maximum.max(limit));
-        setrlimit(Resource::Nofile, Rlimit { current: Some(limit), maximum }).expect("file limit: run as root");
-    }
+/// Gives the calling thread a table of file descriptors of its own: the limit is for each table.
+pub fn own_file_table() {
+    // SAFETY: the thread's open files are copied, and from here on it opens and closes only what it made itself.
+    let result = unsafe { libc::unshare(libc::CLONE_FILES) };
+    assert_eq!(result, 0, "{}", io::Error::last_os_error());
 }
 
 /// All pins of a node, by what they are: a map's folder is `maps`, all else are links.
@@ -478,7 +511,9 @@ pub fn program_ids(node: &Node) -> Vec<u32> {
 
 fn pinned_links(node: &Node) -> impl Iterator<Item = aya::programs::links::LinkInfo> {
     use aya::programs::links::{FdLink, PinnedLink};
-    pins(node, false).into_iter().map(|pin| FdLink::from(PinnedLink::from_pin(pin).expect("a link")).info().expect("info"))
+    pins(node, false)
+        .into_iter()
+        .map(|pin| FdLink::from(PinnedLink::from_pin(pin).expect("a link")).info().expect("info"))
 }
 
 pub fn map_ids(node: &Node) -> Vec<u32> {
@@ -491,8 +526,8 @@ pub fn map_keys(node: &Node, name: &str) -> usize {
     let data = aya::maps::MapData::from_pin(path).expect("the map");
     let map = aya::maps::Map::from_map_data(data).expect("the map");
     match name {
-        mesh_common::map::PROBES => {
-            let map = aya::maps::HashMap::<_, mesh_common::SockTuple, mesh_common::Probe>::try_from(map);
+        mesh_common::map::ATTESTED => {
+            let map = aya::maps::HashMap::<_, mesh_common::SockTuple, mesh_common::Attested>::try_from(map);
             map.expect("a hash map").keys().count()
         }
         _ => {

@@ -59,7 +59,7 @@ pub fn join(redirect: &Redirect, pod: &PodEntry, netns: BorrowedFd<'_>) -> Resul
     }
     // Links of an older object, or of an index that the pod had before: the new one is in force by now.
     for other in pins.pod_pins()?.into_iter().filter(|other| other.cookie == pod.cookie && other.path != pin) {
-        pins::remove(&other.path)?;
+        pins::remove_link(&other.path)?;
     }
     let addresses: Vec<Ip> = pod.addresses.iter().map(|ip| Ip::from(*ip)).collect();
     for ip in &addresses {
@@ -83,7 +83,7 @@ pub fn leave(redirect: &Redirect, cookie: NetnsCookie) -> Result<(), RedirectErr
         }
     }
     for pin in pins.pod_pins()?.into_iter().filter(|pin| pin.cookie == cookie) {
-        pins::remove(&pin.path)?;
+        pins::remove_link(&pin.path)?;
         for which in [slot::PLAIN, slot::HBONE] {
             maps.listeners.remove(&(pin.index * slot::PER_POD + which))?;
         }

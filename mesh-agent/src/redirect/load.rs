@@ -30,9 +30,11 @@ pub struct Globals {
 pub fn fingerprint(globals: &Globals, cgroup: u64) -> u64 {
     let values = [globals.node_netns, globals.probe_cgroup, u64::from(globals.kernel_log), cgroup];
     let bytes = values.iter().flat_map(|value| value.to_le_bytes());
-    OBJECT.iter().copied().chain(bytes).fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
-    })
+    OBJECT
+        .iter()
+        .copied()
+        .chain(bytes)
+        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3))
 }
 
 /// Parses the object with one pod's index, on the pinned maps; makes and pins those that are not there. No program is

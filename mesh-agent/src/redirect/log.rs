@@ -32,7 +32,8 @@ impl KernelLog {
         let read = move || {
             loop {
                 let (ring, stop) = (logger.as_fd(), stopped.as_fd());
-                let mut fds = [PollFd::from_borrowed_fd(ring, PollFlags::IN), PollFd::from_borrowed_fd(stop, PollFlags::IN)];
+                let mut fds =
+                    [PollFd::from_borrowed_fd(ring, PollFlags::IN), PollFd::from_borrowed_fd(stop, PollFlags::IN)];
                 match poll(&mut fds, None) {
                     Ok(_) | Err(rustix::io::Errno::INTR) => {}
                     Err(error) => return tracing::warn!(%error, "the kernel programs' log is read no more"),

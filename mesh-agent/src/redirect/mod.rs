@@ -21,7 +21,7 @@ use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use mesh_common::{COUNTERS, Event, ORIG_DST_ENTRIES, PROBE_TTL_NANOS, program};
+use mesh_common::{ATTESTED_TTL_NANOS, COUNTERS, Event, ORIG_DST_ENTRIES, program};
 
 pub use error::RedirectError;
 pub use mesh_common::{HBONE_PORT, MESH_V6_PREFIX_LEN, OUTBOUND_PORT, PLAIN_PORT};
@@ -140,7 +140,7 @@ impl Redirect {
         }
         // Only now: enrolled pods were redirected by the older programs up to here. Both together do no harm.
         for folder in pins.older_programs()? {
-            pins::remove_folder(&folder)?;
+            pins::remove_links(&folder)?;
         }
         let maps = Maps::open(&pins)?;
         let pods = Mutex::new(enroll::restore(&maps)?);
@@ -190,15 +190,16 @@ impl Redirect {
         Ok(counters)
     }
 
-    /// Takes out probes that are older than any connection attempt lasts: a second net under sockops, which takes each
-    /// out when its socket closes. Once a minute is enough. Returns how many.
-    pub fn sweep_probes(&self) -> Result<usize, RedirectError> {
+    /// Takes out attested connections that are older than any `connect` lasts: their SYN is through, or never will be.
+    /// A second net under sockops, which takes each out when its socket closes; once a minute is enough. Returns how many.
+    pub fn sweep(&self) -> Result<usize, RedirectError> {
         let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
         let now = now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64;
         let mut swept = 0;
-        for key in self.maps.probes.keys()? {
-            let old = self.maps.probes.get(&key)?.is_some_and(|p| now.saturating_sub(p.at_nanos) > PROBE_TTL_NANOS);
-            swept += usize::from(old && self.maps.probes.remove(&key)?);
+        for key in self.maps.attested.keys()? {
+            let is_old = |value: mesh_common::Attested| now.saturating_sub(value.at_nanos) > ATTESTED_TTL_NANOS;
+            let old = self.maps.attested.get(&key)?.is_some_and(is_old);
+            swept += usize::from(old && self.maps.attested.remove(&key)?);
         }
         Ok(swept)
     }

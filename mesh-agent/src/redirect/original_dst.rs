@@ -11,7 +11,12 @@ use super::maps::Map;
 use super::{NetnsCookie, sys};
 
 /// `local` and `peer` are the accepted socket's. The kernel wrote the entry from the client's side.
-pub fn take(map: &Map<SockTuple, Addr>, cookie: NetnsCookie, local: SocketAddr, peer: SocketAddr) -> Option<SocketAddr> {
+pub fn take(
+    map: &Map<SockTuple, Addr>,
+    cookie: NetnsCookie,
+    local: SocketAddr,
+    peer: SocketAddr,
+) -> Option<SocketAddr> {
     let key = key_of(cookie, local, peer);
     match sys::lookup_and_delete::<SockTuple, Addr>(map.fd(), &key) {
         Ok(found) => found.map(SocketAddr::from),
