@@ -6,8 +6,8 @@
 //! the agent and attested probes; SK_DROP
 //! where the agent is not there: the client sees a reset, never the app.
 
-use aya_ebpf::bindings::sk_action::{SK_DROP, SK_PASS};
 use aya_ebpf::bindings::bpf_sk_lookup;
+use aya_ebpf::bindings::sk_action::{SK_DROP, SK_PASS};
 use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
 use aya_ebpf::macros::sk_lookup;
 use aya_ebpf::programs::SkLookupContext;

@@ -4,7 +4,7 @@ use std::io::ErrorKind;
 use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Barrier};
+use std::sync::{Arc, Barrier, Mutex};
 use std::thread;
 use std::time::Instant;
 
@@ -602,4 +602,34 @@ fn the_agent_reaches_the_app_with_the_clients_address() {
     assert_eq!(node.counter("attested", "agent"), 2);
     assert_eq!(node.counter("passed", "attested"), 2);
     wait_for("the entries to go with their sockets", || map_keys(&node, mesh_common::map::ATTESTED) == 0);
+}
+
+/// What tracing writes, for all tests of this process.
+#[derive(Clone, Default)]
+struct Written(Arc<Mutex<Vec<u8>>>);
+
+impl std::io::Write for Written {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn the_kernel_programs_log_when_asked_to() {
+    let written = Written::default();
+    let writer = written.clone();
+    tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).init();
+    let mut node = Node::without_programs();
+    node.options.kernel_log = true;
+    node.start();
+    let pod = node.enrolled_pod();
+    pod.call(pod.v4_port(15001)).unwrap_err();
+    wait_for("the line", || {
+        String::from_utf8_lossy(&written.0.lock().unwrap()).contains("kernel: connect denied, reason")
+    });
 }
