@@ -15,7 +15,7 @@ use crate::discovery::{self, Sources};
 use crate::enrollment::{Enrollment, Inputs as EnrollmentInputs};
 use crate::identity::{
     self, Ca, CaClient, CaClientOptions, CaError, CaOptions, CaServerOptions, CertificateOptions, Certificates, Clock,
-    Credential, JoinTokens,
+    Credential, JoinTokens, trusted_roots,
 };
 use crate::lifecycle::{Readiness, Signals};
 use crate::model::{SpiffeId, TrustDomain};
@@ -174,8 +174,8 @@ pub fn run_controller(config: config::Controller) -> anyhow::Result<()> {
 /// `mesh-agent controller token`: a join token for the node `node`, good for `ttl`.
 pub fn join_token(config: config::Controller, node: &str, ttl: Duration) -> anyhow::Result<String> {
     let tokens = JoinTokens::open(&config.state_dir)?;
-    let roots = open_ca(&config)?.bundle();
-    Ok(tokens.issue(node, &roots.fingerprints()[0], SystemTime::now() + ttl)?)
+    let roots = trusted_roots(&ca_options(&config))?;
+    Ok(tokens.issue(node, roots.fingerprints(), SystemTime::now() + ttl)?)
 }
 
 /// `mesh-agent controller rotate-root`: what was done, a sentence.
