@@ -133,6 +133,11 @@ impl Agent {
         &mut self.process
     }
 
+    /// What `meshctl --socket` is given.
+    pub fn admin_socket(&self) -> &Path {
+        &self.admin_socket
+    }
+
     /// All that it has printed, over all its restarts: its log and the access log.
     pub fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
