@@ -152,13 +152,13 @@ pub fn run_controller(config: config::Controller) -> anyhow::Result<()> {
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     control_runtime()?.block_on(async {
         let mut signals = Signals::new().context("cannot wait for signals")?;
-        let listener = identity::bind(config.listen).await?;
         let ca = open_ca(&config)?;
         let tokens = Arc::new(JoinTokens::open(&config.state_dir)?);
         let mut settings = Settings::new(config.trust_domain.clone());
         settings.istio_labels = config.istio_labels;
         let sources = discovery::start(discovery::Options::new(&config.config_dir, settings))?;
         tokio::spawn(log_problems(sources.clone()));
+        let listener = identity::bind(config.listen).await?;
         let snapshot = sources.snapshot.clone();
         let runs_on = Arc::new(move |node: &str, identity: &SpiffeId| {
             snapshot.load().workloads().any(|w| w.is_on(node) && w.identity == *identity)

@@ -88,8 +88,8 @@ impl JoinTokens {
                 aws_lc_rs::rand::fill(&mut secret).map_err(|_| TokenError::Random)?;
                 files::create_private_dir(state_dir)?;
                 let text = URL_SAFE_NO_PAD.encode(secret);
-                files::write_private(&path, text.as_bytes())?;
-                text
+                // `controller token` may run while the controller starts: the first secret is everyone's.
+                if files::create_private(&path, text.as_bytes())? { text } else { files::read(&path)? }
             }
             Err(e) => return Err(e.into()),
         };
