@@ -3,9 +3,10 @@
 use std::future::poll_fn;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::net::TcpListener;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::time::Duration;
 
+use socket2::Socket;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::net::TcpStream;
@@ -15,6 +16,35 @@ use tokio::net::TcpStream;
 pub fn watch(listener: &TcpListener) -> io::Result<AsyncFd<BorrowedFd<'_>>> {
     // SAFETY: the borrow keeps the descriptor open, and the same, for as long as the AsyncFd lives.
     unsafe { AsyncFd::register_with_interest(listener.as_fd(), Interest::READABLE) }.map_err(Into::into)
+}
+
+/// Bytes that a socket takes beyond those under way. More would only wait here, out of the sender's sight, when the reader
+/// is slow; what is under way the receiver's window bounds.
+const UNSENT: libc::c_int = 256 * 1024;
+/// The receive buffer of connections inside a pod, where the way is short and a larger one only hides a slow reader.
+const LOCAL_RECEIVE: usize = 512 * 1024;
+
+/// Lets a slow reader stop its sender soon: the mesh must not hold megabytes of a connection.
+pub fn bound_buffers(socket: &Socket, inside_pod: bool) -> io::Result<()> {
+    if inside_pod {
+        socket.set_recv_buffer_size(LOCAL_RECEIVE)?;
+    }
+    set_option(socket, libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, UNSENT)
+}
+
+/// Sets an option that socket2 does not know.
+pub fn set_option(socket: &Socket, level: libc::c_int, option: libc::c_int, value: libc::c_int) -> io::Result<()> {
+    // SAFETY: the descriptor is open, and the option's value is an int that outlives the call.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            level,
+            option,
+            (&raw const value).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Waits until a read may give something. One reader a socket.
