@@ -31,8 +31,8 @@ const ROOTS_POLL: Duration = Duration::from_secs(30);
 /// A file in the controller's state directory: `rotate-root` asks the controller that runs.
 const ROTATE_ROOT: &str = "rotate-root";
 const REQUEST_POLL: Duration = Duration::from_secs(1);
-/// How often label sets of workloads that are gone leave the metrics.
-const METRICS_SWEEP: Duration = Duration::from_secs(60);
+/// How often label sets of workloads that are gone leave the metrics, and entries of sockets that are gone the kernel.
+const SWEEP: Duration = Duration::from_secs(60);
 
 /// `mesh-agent node`: serves the pods of this node until a signal ends it.
 pub fn run_node(config: config::Node) -> anyhow::Result<()> {
@@ -112,7 +112,7 @@ async fn node(config: config::Node, log: logging::LogLevel) -> anyhow::Result<()
     telemetry.metrics.watch_node(move || facts.node_facts());
     tokio::spawn(serve_admin(admin_socket, admin));
     tokio::spawn(serve_metrics(metrics_listener, telemetry.metrics.clone()));
-    tokio::spawn(sweep_metrics(telemetry.clone(), sources.clone()));
+    tokio::spawn(sweep(telemetry.clone(), sources.clone(), redirect.clone()));
     tokio::spawn(log_problems(sources.clone()));
 
     tokio::select! {
@@ -299,11 +299,12 @@ fn open_ca(config: &config::Controller) -> anyhow::Result<Arc<Ca>> {
     Ok(Ca::open(ca_options(config))?)
 }
 
-async fn sweep_metrics(telemetry: Arc<Telemetry>, sources: Sources) {
-    let mut tick = tokio::time::interval(METRICS_SWEEP);
+async fn sweep(telemetry: Arc<Telemetry>, sources: Sources, redirect: Arc<Redirect>) {
+    let mut tick = tokio::time::interval(SWEEP);
     loop {
         tick.tick().await;
         telemetry.metrics.sweep(&sources.snapshot.load(), Instant::now());
+        redirect.sweep();
     }
 }
 

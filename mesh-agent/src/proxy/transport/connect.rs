@@ -9,7 +9,8 @@ use std::time::Duration;
 use socket2::{Domain, Protocol, SockAddr, Socket, TcpKeepalive, Type};
 use tokio::net::{TcpSocket, TcpStream};
 
-use super::io::{bound_buffers, set_option};
+use super::HBONE_PORT;
+use super::io::{Use, bound_buffers, set_option};
 use crate::enrollment::EnrolledPod;
 use crate::redirect::Redirect;
 
@@ -23,7 +24,7 @@ pub const TIMEOUT: Duration = Duration::from_secs(10);
 /// Connects from `pod` to `destination`, with the pod's own address.
 pub async fn from_pod(pod: &EnrolledPod, redirect: &Redirect, destination: SocketAddr) -> io::Result<TcpStream> {
     let socket = open(pod, redirect, destination)?;
-    bound_buffers(&socket, false)?;
+    bound_buffers(&socket, if destination.port() == HBONE_PORT { Use::Tunnel } else { Use::Plain })?;
     if let Some(own) = pod.workload.address_like(destination.ip()) {
         bind_without_port(&socket, own)?;
     }
@@ -39,7 +40,7 @@ pub async fn to_application(
     application: SocketAddr,
 ) -> io::Result<TcpStream> {
     let socket = open(pod, redirect, application)?;
-    bound_buffers(&socket, true)?;
+    bound_buffers(&socket, Use::Local)?;
     let client = client.to_canonical();
     let own = pod.workload.addresses.contains(&client) || client.is_loopback() || client.is_unspecified();
     if !own && client.is_ipv4() == application.is_ipv4() {
