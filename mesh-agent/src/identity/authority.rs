@@ -21,7 +21,7 @@ use super::{Bundle, BundleError, Clock};
 use crate::model::{SpiffeId, TrustDomain};
 
 /// A shorter life would be spent on renewing.
-pub const MIN_LIFETIME: Duration = Duration::from_secs(60);
+pub const MIN_LIFETIME: Duration = Duration::from_secs(10);
 pub const DEFAULT_LIFETIME: Duration = Duration::from_secs(24 * 3600);
 
 const STATE: &str = "state.json";

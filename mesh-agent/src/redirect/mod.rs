@@ -212,6 +212,11 @@ impl Redirect {
 
     /// Removes every link, map and pin of this node's agent. Returns what was removed, a line each.
     pub fn cleanup(options: &Options) -> Result<Vec<String>, RedirectError> {
+        Self::cleanup_with(options, |_| ())
+    }
+
+    /// The same; the pods that were enrolled come to `pods`, for what else must be undone in them.
+    pub fn cleanup_with(options: &Options, pods: impl FnOnce(&[NetnsCookie])) -> Result<Vec<String>, RedirectError> {
         let pins = Pins::new(options, 0)?;
         if !host::is_bpffs(&options.bpffs) {
             return Ok(Vec::new());
@@ -220,9 +225,11 @@ impl Redirect {
         // A pod that is enrolled and no longer redirected speaks in plaintext: that is what removing the mesh means. Entries
         // go first, so that no connection is caught between two links.
         if let Ok(maps) = Maps::open(&pins) {
-            for cookie in maps.enrolled.keys()? {
-                maps.enrolled.remove(&cookie)?;
+            let enrolled = maps.enrolled.keys()?;
+            for cookie in &enrolled {
+                maps.enrolled.remove(cookie)?;
             }
+            pods(&enrolled.into_iter().map(NetnsCookie).collect::<Vec<_>>());
         }
         pins.remove_all()
     }

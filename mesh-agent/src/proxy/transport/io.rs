@@ -25,8 +25,8 @@ const UNSENT: libc::c_int = 256 * 1024;
 const LOCAL_RECEIVE: usize = 512 * 1024;
 
 /// That of a tunnel; the kernel doubles it and gives about half to the window. Bounds what a session may have learnt from a
-/// connection before: autotuning only ever grows, up to 32 MiB on some machines. 2 ms away it still allows 10 Gbit/s.
-const TUNNEL_RECEIVE: libc::c_int = 3 * 512 * 1024;
+/// connection before: autotuning only ever grows, up to 32 MiB on some machines. 1 ms away it still allows 8 Gbit/s.
+const TUNNEL_RECEIVE: libc::c_int = 1024 * 1024;
 
 /// What a socket of the agent is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
