@@ -14,6 +14,7 @@
 
 mod agent;
 mod capture;
+mod cgroup;
 mod http;
 mod manifests;
 mod mesh;
@@ -27,11 +28,12 @@ mod wait;
 
 pub use agent::{Agent, Controller, agent_binary, meshctl_binary, peer_binary};
 pub use capture::{Capture, Recording, Segment};
+pub use cgroup::{Cgroup, cgroup2_mount};
 pub use http::{get as http_get, metric};
 pub use manifests::{ClusterIps, Manifests, MeshMode};
 pub use mesh::{Mesh, Node};
 pub use netns::Netns;
 pub use pod::{Output, Pod, PodSpec};
 pub use process::{Process, tail};
-pub use sweep::sweep;
+pub use sweep::{sweep, sweep_own};
 pub use wait::{eventually, throughout};

@@ -135,7 +135,12 @@ impl Mesh {
         let v4 = Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 244, n, 0)) + u32::from(host_number));
         let v6 = Ipv6Addr::new(0xfd00, 0x10, 0x244, n.into(), 0, 0, 0, host_number);
         netns.ip(&[
-            &format!("link add eth0 type veth peer name {port} netns {}", node.netns.name()),
+            // The hardware address follows from the IP, as with many CNIs: neighbours that remember a pod which is gone
+            // reach the next one that has its address.
+            &format!(
+                "link add eth0 address 02:00:0a:f4:{n:02x}:{host_number:02x} type veth peer name {port} netns {}",
+                node.netns.name()
+            ),
             "link set eth0 up",
             &format!("addr add {v4}/24 dev eth0"),
             &format!("addr add {v6}/64 dev eth0 nodad"),

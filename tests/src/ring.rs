@@ -94,6 +94,11 @@ impl World {
 /// A case: its name, and what it does with what [`run`] built.
 pub type Case<T> = (&'static str, fn(&T));
 
+/// Cases that say something about the mesh only: there are none of them in plain mode.
+pub fn meshed_only<T>(cases: &'static [Case<T>]) -> &'static [Case<T>] {
+    if Mode::of_this_run().is_meshed() { cases } else { &[] }
+}
+
 /// The cases of one file. `build` makes the mesh when the first case runs.
 pub fn run<T: Send + Sync + 'static>(build: fn() -> T, world: fn(&T) -> &World, cases: &[Case<T>]) -> ExitCode {
     let mut arguments = Arguments::from_args();

@@ -94,7 +94,8 @@ fn curl_keeps_connections_and_uploads(c: &Clients) {
 
 fn redis(c: &Clients) {
     let port = "6379";
-    let flags = ["--port", port, "--bind", "0.0.0.0", "::", "--save", "", "--appendonly", "no", "--protected-mode", "no"];
+    let flags =
+        ["--port", port, "--bind", "0.0.0.0", "::", "--save", "", "--appendonly", "no", "--protected-mode", "no"];
     let mut server = c.server.start("redis-server", &flags);
     server.wait_for("Ready to accept connections", PATIENCE);
     let host = c.server.v4().to_string();
@@ -119,8 +120,16 @@ fn case_13_mariadb_greets_first(c: &Clients) {
     c.server.output("mariadb-install-db", &[&install[..], &[&datadir]].concat()).success();
     let socket = format!("--socket={dir}/s");
     let pid = format!("--pid-file={dir}/pid");
-    let flags = ["--no-defaults", "--user=root", "--bind-address=*", "--port=3306", "--skip-name-resolve", "--skip-grant-tables"];
-    let mut server = c.server.start("mariadbd", &[&flags[..], &["--skip-networking=0", &datadir, &socket, &pid]].concat());
+    let flags = [
+        "--no-defaults",
+        "--user=root",
+        "--bind-address=*",
+        "--port=3306",
+        "--skip-name-resolve",
+        "--skip-grant-tables",
+    ];
+    let mut server =
+        c.server.start("mariadbd", &[&flags[..], &["--skip-networking=0", &datadir, &socket, &pid]].concat());
     server.wait_for("ready for connections", Duration::from_secs(30));
     let host = format!("--host={}", c.server.v4());
     let query = ["--no-defaults", &host, "--port=3306", "--protocol=tcp", "--user=root", "--connect-timeout=10"];

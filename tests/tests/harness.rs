@@ -66,6 +66,10 @@ fn a_deleted_pods_address_is_free_at_once() {
     let mesh = Mesh::new().node("n1").node("n2");
     let client = mesh.pod("n1", "a/client");
     let gone = mesh.pod("n2", "a/old");
+    // So that the node has its hardware address in mind.
+    let listener = gone.listen();
+    client.connect((gone.v4(), listener.local_addr().unwrap().port()).into()).unwrap();
+    drop(listener);
     let spec = PodSpec::new("n2", "a/new").reusing(&gone);
     let address = gone.v4();
     mesh.delete(gone);
