@@ -4,9 +4,10 @@
 
 use libfuzzer_sys::fuzz_target;
 use mesh_agent::model::{Snapshot, TrustDomain};
-use mesh_agent::translate::{Memory, Settings, parse, translate};
+use mesh_agent::translate::{Memory, Settings, closed, parse, translate};
 
 fuzz_target!(|bytes: &[u8]| {
+    closed("fuzz.yaml", bytes, "nodemesh-system");
     let Ok(objects) = parse("fuzz.yaml", bytes) else { return };
     let mut settings = Settings::new(TrustDomain::new("cluster.local").expect("a trust domain"));
     settings.istio_labels = true;
