@@ -144,8 +144,10 @@ fn how(text: &mut String, results: &Results) {
          - Server: one nginx process, a body of 128 bytes. Load: `wrk -t1`; a generator of constant rate ({} \
          requests/s on 16 connections, latency counted from when a request was due); `iperf3`; `ab -c 16` without \
          keep-alive. Congestion control is reno everywhere.\n\
-         - Rows that leave the processors idle (1 connection, fixed rate) run beside a spinner of the class SCHED_IDLE, \
-         alike for all, or they would measure how fast an idle processor wakes up. Its time is not counted.\n\
+         - The row of 1 connection runs beside a spinner of the class SCHED_IDLE, alike for all, or it would measure how \
+         fast an idle processor wakes up. The spinner's time is not counted; it spoils the tail, so none is reported there.\n\
+         - A row during which other processes took more than a tenth of the machine is measured again, up to three times, \
+         and the quietest time counts.\n\
          - CPU is that of the whole machine (user, system, softirq, irq), less other processes' and less what the idle \
          mesh takes. \"By tick\" is a part of it that the kernel cannot tell from the process it interrupted.\n\
          - Envoy{}: one beside the client, one beside the server, all TCP of the pods redirected by nat rules, TLS 1.3, \

@@ -50,10 +50,12 @@ pub enum Row {
 }
 
 impl Row {
-    /// Loads that leave the processors idle between requests measure how fast an idle one wakes up: they run beside a
-    /// spinner of the lowest priority, alike for all modes.
+    /// A load that leaves the processors idle between requests measures how fast an idle one wakes up: it runs beside a
+    /// spinner of the lowest priority, alike for all modes. Not the fixed rate, whose tail is what is asked for: a spinner
+    /// takes turns of a millisecond for all its low priority, and was seen to raise the p99 of no mesh five times. For the
+    /// same reason no p99 of one connection is reported.
     pub fn leaves_idle(self) -> bool {
-        matches!(self, Row::Http1 | Row::Rate)
+        matches!(self, Row::Http1)
     }
 }
 
@@ -120,10 +122,9 @@ const fn line(label: &'static str, row: Row, figure: Figure) -> Line {
 }
 
 /// The lines of the report, in their order.
-pub const LINES: [Line; 30] = [
+pub const LINES: [Line; 29] = [
     line("requests/s, 1 conn", Row::Http1, Figure::PerSecond),
     line("  p50 us", Row::Http1, Figure::P50),
-    line("  p99 us", Row::Http1, Figure::P99),
     line("requests/s, 16 conn", Row::Http16, Figure::PerSecond),
     line("  p50 us", Row::Http16, Figure::P50),
     line("  p99 us", Row::Http16, Figure::P99),

@@ -98,7 +98,7 @@ fn one(up: &Up<'_>, round: u32, rows: &[Row], dose: Dose, results: &mut Results)
     load::wrk(up, 16, Dose { seconds: 1, ..dose }).context("the warm-up failed")?;
     for &row in rows {
         let mode = up.mode;
-        match load::row(up, row, dose) {
+        match quietest(up, row, dose) {
             Ok(figures) => {
                 let sample = Sample { round, mode, row, figures: figures.into_iter().collect() };
                 eprintln!(
@@ -113,11 +113,33 @@ fn one(up: &Up<'_>, round: u32, rows: &[Row], dose: Dose, results: &mut Results)
             Err(error) => {
                 run::check()?;
                 eprintln!("round {round}/{}  {:<9} {:<8} failed: {error:#}", results.rounds, name(mode), name(row));
+                up.last_words();
                 results.failures.push(Failure { round, mode, row, error: format!("{error:#}") });
             }
         }
     }
     Ok(())
+}
+
+/// A row during which neighbours were loud is measured again; the quietest time counts. Chosen by the neighbours' share
+/// alone, never by the figures.
+fn quietest(up: &Up<'_>, row: Row, dose: Dose) -> Result<Vec<(Figure, f64)>> {
+    const TRIES: usize = 3;
+    const LOUD: f64 = 0.1;
+    let share = |figures: &[(Figure, f64)]| {
+        figures.iter().find(|(figure, _)| *figure == Figure::Neighbours).map_or(0.0, |(_, share)| *share)
+    };
+    let mut best = load::row(up, row, dose)?;
+    for _ in 1..TRIES {
+        if share(&best) <= LOUD {
+            break;
+        }
+        let again = load::row(up, row, dose)?;
+        if share(&again) < share(&best) {
+            best = again;
+        }
+    }
+    Ok(best)
 }
 
 fn report(options: &Options, results: &Results) -> Result<ExitCode> {

@@ -166,6 +166,18 @@ impl<'m> Up<'m> {
         }
     }
 
+    /// What the proxies said last, for whoever looks into a load that failed: the logs go with the mesh.
+    pub fn last_words(&self) {
+        let logs = fs::read_dir(self.mesh.logs()).into_iter().flatten().flatten().map(|entry| entry.path());
+        for path in logs {
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            if ["agent", "controller", "envoy", "ab", "iperf3"].iter().any(|program| name.starts_with(program)) {
+                let text = fs::read_to_string(&path).unwrap_or_default();
+                eprintln!("--- end of {name} ---\n{}", mesh_tests::tail(&text, 8));
+            }
+        }
+    }
+
     pub fn proxies_rss_mib(&self) -> f64 {
         self.proxy_pids.iter().map(|pid| crate::memory::of(*pid).rss).sum()
     }
