@@ -29,7 +29,7 @@ pub fn run(keep: bool) -> Result<()> {
         bail!("the demo makes network namespaces and loads eBPF programs: run `sudo -E cargo xtask demo`");
     }
     setup::run_for_demo()?;
-    build::run()?;
+    build::unless_named()?;
     build::peer()?;
     crate::sweep();
     ctrlc::set_handler(|| {
