@@ -1,1 +1,5 @@
-fn main() {}
+//! The user's command line.
+
+fn main() -> std::process::ExitCode {
+    mesh_agent::cli::meshctl()
+}

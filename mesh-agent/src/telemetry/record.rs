@@ -83,6 +83,19 @@ pub struct Outcome {
 }
 
 impl ResponseFlag {
+    /// In the order of their declaration: `flag as usize` is the place of `flag`.
+    pub const ALL: [Self; 9] = [
+        Self::None,
+        Self::Denied,
+        Self::ConnectFailure,
+        Self::TlsFailure,
+        Self::TunnelFailure,
+        Self::IdentityError,
+        Self::NoRoute,
+        Self::NoHealthyUpstream,
+        Self::PolicyChanged,
+    ];
+
     /// As the label `response_flags` and the access log have it.
     pub fn as_str(self) -> &'static str {
         match self {

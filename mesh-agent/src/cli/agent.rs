@@ -1,0 +1,22 @@
+//! `mesh-agent`: parse, check, call.
+
+use std::ffi::OsString;
+use std::io::Write;
+
+use super::args::{Wish, parse};
+use super::cleanup::cleanup;
+use crate::app;
+use crate::config::Machine;
+
+pub(super) fn run(args: impl IntoIterator<Item = OsString>) -> anyhow::Result<()> {
+    match parse(args, |name| std::env::var(name).ok(), &Machine::here())? {
+        Wish::Show(text) => Ok(write!(std::io::stdout(), "{text}")?),
+        Wish::Node(config) => app::run_node(*config),
+        Wish::Cleanup(config) => cleanup(&config, &mut std::io::stdout()),
+        Wish::Controller(config) => app::run_controller(config),
+        Wish::Token { controller, node, ttl } => {
+            Ok(writeln!(std::io::stdout(), "{}", app::join_token(controller, &node, ttl)?)?)
+        }
+        Wish::RotateRoot(config) => Ok(writeln!(std::io::stdout(), "{}", app::rotate_root(config)?)?),
+    }
+}

@@ -1,0 +1,184 @@
+//! The command line of `mesh-agent`, made from the table of settings; variables and file are laid under its flags.
+
+use std::ffi::OsString;
+use std::path::Path;
+use std::time::Duration;
+
+use clap::{Arg, ArgAction, ArgMatches, Command};
+
+use super::exit::{Failure, from_clap};
+use crate::config::duration;
+use crate::config::{Cleanup, ConfigError, Controller, Kind, Machine, Node, Origin, Role, SETTINGS, Setting, Written};
+
+/// What the user wants, all settings checked.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Wish {
+    Node(Box<Node>),
+    Cleanup(Cleanup),
+    Controller(Controller),
+    Token {
+        controller: Controller,
+        node: String,
+        ttl: Duration,
+    },
+    RotateRoot(Controller),
+    /// Print this text: help or version.
+    Show(String),
+}
+
+const FOOTER: &str = "\
+Each setting can also be a variable (--node-name: NODEMESH_NODE_NAME) or a line
+of the settings file (nodeName: a). A flag beats a variable, and a variable the
+file. TIME is a number with a unit: 90s, 5m, 24h.";
+
+const DEFAULT_TTL: &str = "1h";
+
+pub(super) fn command() -> Command {
+    let node = Command::new("node")
+        .about("Carry the traffic of this node's pods")
+        .after_help(FOOTER)
+        .args(flags(Role::Node))
+        .arg(
+            Arg::new("cleanup")
+                .long("cleanup")
+                .action(ArgAction::SetTrue)
+                .help("Remove all that an agent of this node left in the kernel, then exit"),
+        );
+    let token = Command::new("token")
+        .about("Print a token with which one node may join")
+        .arg(Arg::new("node").long("node").value_name("NAME").required(true).help("The node that may use it"))
+        .arg(
+            Arg::new("ttl")
+                .long("ttl")
+                .value_name("TIME")
+                .default_value(DEFAULT_TTL)
+                .hide_default_value(true)
+                .help("How long it can be used [default: 1h]"),
+        );
+    let rotate = Command::new("rotate-root").about("Change to a new root; both are trusted during the change");
+    let controller = Command::new("controller")
+        .about("Sign the certificates of the nodes")
+        .after_help(FOOTER)
+        .args(flags(Role::Controller))
+        .subcommand(token)
+        .subcommand(rotate);
+    Command::new("mesh-agent")
+        .about("Nodemesh: a service mesh without sidecars")
+        .version(env!("CARGO_PKG_VERSION"))
+        .max_term_width(80)
+        .subcommand_required(true)
+        .subcommand(node)
+        .subcommand(controller)
+}
+
+fn flags(role: Role) -> Vec<Arg> {
+    let settings = Arg::new("settings")
+        .long("settings")
+        .value_name("FILE")
+        .global(role == Role::Controller)
+        .help("Read settings from this YAML file");
+    std::iter::once(settings)
+        .chain(SETTINGS.iter().filter(|s| s.roles.contains(&role)).map(|s| flag(s, role)))
+        .collect()
+}
+
+fn flag(setting: &'static Setting, role: Role) -> Arg {
+    let help = match setting.default {
+        "" => setting.help.to_owned(),
+        default => format!("{} [default: {default}]", setting.help),
+    };
+    let arg = Arg::new(setting.name)
+        .long(setting.name)
+        .value_name(setting.value)
+        .help(help)
+        .help_heading(setting.heading)
+        .hide(setting.hidden)
+        // So that `controller token --state-dir DIR` reads as it is typed.
+        .global(role == Role::Controller);
+    match setting.kind {
+        Kind::One => arg,
+        Kind::Many => arg.action(ArgAction::Append),
+        Kind::Switch => arg.num_args(0..=1).require_equals(true).default_missing_value("true"),
+    }
+}
+
+/// `args` with the program's name first; `variable` looks one up in the environment.
+pub(super) fn parse(
+    args: impl IntoIterator<Item = OsString>,
+    variable: impl Fn(&str) -> Option<String>,
+    machine: &Machine,
+) -> anyhow::Result<Wish> {
+    let args: Vec<OsString> = args.into_iter().collect();
+    let matches = match command().try_get_matches_from(&args) {
+        Ok(matches) => matches,
+        Err(error) => return Ok(Wish::Show(from_clap(&error, &help_of(&args))?)),
+    };
+    match matches.subcommand() {
+        Some(("node", matches)) => {
+            let written = gather(matches, Role::Node, &variable)?;
+            match matches.get_flag("cleanup") {
+                true => Ok(Wish::Cleanup(Cleanup::check(&written, machine)?)),
+                false => Ok(Wish::Node(Box::new(Node::check(&written, machine)?))),
+            }
+        }
+        Some(("controller", matches)) => {
+            // Global flags stand in the innermost matches.
+            let innermost = matches.subcommand().map_or(matches, |(_, inner)| inner);
+            let written = gather(innermost, Role::Controller, &variable)?;
+            match matches.subcommand() {
+                Some(("token", token)) => token_wish(Controller::check_for_tools(&written)?, token),
+                Some(("rotate-root", _)) => Ok(Wish::RotateRoot(Controller::check_for_tools(&written)?)),
+                _ => Ok(Wish::Controller(Controller::check(&written)?)),
+            }
+        }
+        _ => unreachable!("clap wants one of the subcommands above"),
+    }
+}
+
+fn token_wish(controller: Controller, token: &ArgMatches) -> anyhow::Result<Wish> {
+    let text = |name| token.get_one::<String>(name).cloned().unwrap_or_default();
+    let node = crate::config::node_name(&text("node")).map_err(|e| Failure::usage(format!("--node: {e}")))?;
+    let ttl = duration(&text("ttl")).map_err(|e| Failure::usage(format!("--ttl: {e}")))?;
+    if ttl.is_zero() {
+        return Err(Failure::usage("--ttl: a token that ends at once is of no use; write for example 1h").into());
+    }
+    Ok(Wish::Token { controller, node, ttl })
+}
+
+/// File, variables, flags.
+fn gather(
+    matches: &ArgMatches,
+    role: Role,
+    variable: &impl Fn(&str) -> Option<String>,
+) -> Result<Written, ConfigError> {
+    let mut written = Written::default();
+    let file = matches.get_one::<String>("settings").cloned().or_else(|| variable("NODEMESH_SETTINGS"));
+    if let Some(file) = file {
+        written.read(Path::new(&file))?;
+    }
+    for setting in SETTINGS.iter().filter(|s| s.roles.contains(&role)) {
+        if let Some(value) = variable(&setting.variable()) {
+            let values = match setting.kind {
+                Kind::Many => value.split(',').map(|v| v.trim().to_owned()).collect(),
+                Kind::One | Kind::Switch => vec![value],
+            };
+            written.set(setting, Origin::Variable, values);
+        }
+        if let Some(values) = matches.get_many::<String>(setting.name) {
+            written.set(setting, Origin::Flag, values.cloned().collect());
+        }
+    }
+    Ok(written)
+}
+
+/// The `--help` that tells more about what `args` tried.
+fn help_of(args: &[OsString]) -> String {
+    let command = args.iter().skip(1).find_map(|a| match a.to_str() {
+        Some(role @ ("node" | "controller")) => Some(role),
+        _ => None,
+    });
+    command.map_or_else(|| "mesh-agent --help".to_owned(), |c| format!("mesh-agent {c} --help"))
+}
+
+#[cfg(test)]
+mod tests;

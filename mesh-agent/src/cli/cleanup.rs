@@ -1,0 +1,35 @@
+//! `mesh-agent node --cleanup` and `meshctl uninstall`: takes everything of this node's agent out of the kernel.
+
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+
+use super::exit::Failure;
+use crate::config::Cleanup;
+use crate::enrollment;
+use crate::redirect::{Options, Redirect};
+
+/// Says on `out` what was removed, a line each.
+pub(super) fn cleanup(config: &Cleanup, out: &mut impl Write) -> anyhow::Result<()> {
+    let Cleanup { node_name, bpffs, cgroup, admin_socket, logging: _ } = config;
+    // Under a running agent it would open a hole: its pods' traffic would go on past the mesh, in plaintext.
+    if UnixStream::connect(admin_socket).is_ok() {
+        return Err(Failure::unavailable(format!(
+            "an agent still answers on {}; stop it before its programs are removed",
+            admin_socket.display()
+        ))
+        .into());
+    }
+    let options = Options { bpffs: bpffs.clone(), cgroup: cgroup.clone(), ..Options::new(node_name) };
+    let mut restored = Vec::new();
+    let mut removed = Redirect::cleanup_with(&options, |pods| restored = enrollment::restore_all(pods))?;
+    removed.append(&mut restored);
+    for line in &removed {
+        writeln!(out, "{line}")?;
+    }
+    if std::fs::remove_file(admin_socket).is_ok() {
+        writeln!(out, "removed {}", admin_socket.display())?;
+    } else if removed.is_empty() {
+        writeln!(out, "nothing of node {node_name} is left in the kernel")?;
+    }
+    Ok(())
+}

@@ -1,0 +1,160 @@
+//! How a command ends: exit codes as sysexits.h has them, and an error as one sentence on stderr.
+
+use std::io;
+use std::process::ExitCode;
+
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+
+use crate::admin::AdminError;
+use crate::config::ConfigError;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Exit {
+    /// Wrong usage or a wrong setting. It will be wrong at the next try too.
+    Usage = 64,
+    /// Something outside is not there: an agent, a port, a mount. It may be there later.
+    Unavailable = 69,
+    /// Our own fault, or one we did not think of.
+    Internal = 70,
+    /// Rights are missing.
+    NoPermission = 77,
+}
+
+/// An error that knows its exit code. `app` may put it around any other (`anyhow::Error::context`).
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct Failure {
+    pub exit: Exit,
+    pub message: String,
+}
+
+impl Failure {
+    pub fn usage(message: impl Into<String>) -> Self {
+        Self { exit: Exit::Usage, message: message.into() }
+    }
+
+    pub fn unavailable(message: impl Into<String>) -> Self {
+        Self { exit: Exit::Unavailable, message: message.into() }
+    }
+
+    pub fn no_permission(message: impl Into<String>) -> Self {
+        Self { exit: Exit::NoPermission, message: message.into() }
+    }
+}
+
+/// Prints the sentence of an error and gives the code to exit with.
+pub(super) fn report(program: &str, result: anyhow::Result<()>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        // `meshctl ... | head` has seen enough: no fault.
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{program}: {}", sentence(&error));
+            ExitCode::from(code(&error) as u8)
+        }
+    }
+}
+
+pub(super) fn code(error: &anyhow::Error) -> Exit {
+    if let Some(failure) = error.downcast_ref::<Failure>() {
+        return failure.exit;
+    }
+    error
+        .chain()
+        .find_map(|cause| {
+            if let Some(failure) = cause.downcast_ref::<Failure>() {
+                return Some(failure.exit);
+            }
+            if cause.is::<ConfigError>() {
+                return Some(Exit::Usage);
+            }
+            let kind = match cause.downcast_ref::<AdminError>() {
+                Some(error) => error.kind(),
+                None => cause.downcast_ref::<io::Error>()?.kind(),
+            };
+            match kind {
+                io::ErrorKind::PermissionDenied => Some(Exit::NoPermission),
+                io::ErrorKind::AddrInUse
+                | io::ErrorKind::AddrNotAvailable
+                | io::ErrorKind::ConnectionRefused
+                | io::ErrorKind::NotFound
+                | io::ErrorKind::TimedOut => Some(Exit::Unavailable),
+                _ => None,
+            }
+        })
+        .unwrap_or(Exit::Internal)
+}
+
+/// The whole chain in one line. A cause that the error above it has already told is not told twice.
+pub(super) fn sentence(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain() {
+        let cause = cause.to_string().replace('\n', " ");
+        let reason = cause.split(" (os error").next().unwrap_or(&cause).to_lowercase();
+        if text.to_lowercase().contains(&reason) {
+            continue;
+        }
+        if !text.is_empty() {
+            text += ": ";
+        }
+        text += &cause;
+    }
+    text
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error.chain().any(|c| c.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe))
+}
+
+/// What clap has to say: a text that was asked for (help, version), or a usage error as one sentence.
+pub(super) fn from_clap(error: &clap::Error, help: &str) -> Result<String, Failure> {
+    let context = |kind| match error.get(kind) {
+        Some(ContextValue::String(text)) => Some(text.clone()),
+        Some(ContextValue::Strings(all)) => Some(all.join(", ")),
+        _ => None,
+    };
+    // `--workers <N>` -> `--workers`
+    let flag = |text: String| text.split([' ', '=', '[']).next().unwrap_or_default().to_owned();
+    let argument = context(ContextKind::InvalidArg).unwrap_or_default();
+    let value = context(ContextKind::InvalidValue).unwrap_or_default();
+    let see = format!("see `{help}`");
+    let sentence = match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => return Ok(error.to_string()),
+        ErrorKind::UnknownArgument => {
+            let next = context(ContextKind::SuggestedArg).map(|s| format!("did you mean `{s}`?")).unwrap_or(see);
+            match argument.starts_with('-') {
+                true => format!("unknown flag `{argument}`; {next}"),
+                false => format!("`{argument}` is one argument too many; {next}"),
+            }
+        }
+        ErrorKind::InvalidSubcommand => {
+            let command = context(ContextKind::InvalidSubcommand).unwrap_or_default();
+            let next = context(ContextKind::SuggestedSubcommand).map_or(see, |s| format!("did you mean `{s}`?"));
+            format!("unknown command `{command}`; {next}")
+        }
+        ErrorKind::MissingSubcommand | ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            let commands = context(ContextKind::ValidSubcommand).unwrap_or_default();
+            match commands.is_empty() {
+                true => format!("which command? {see}"),
+                false => format!("which command? there are {commands}; {see}"),
+            }
+        }
+        ErrorKind::MissingRequiredArgument => format!("{argument} is missing; {see}"),
+        ErrorKind::InvalidValue if value.is_empty() => format!("{} needs a value; {see}", flag(argument)),
+        ErrorKind::InvalidValue => match context(ContextKind::ValidValue) {
+            Some(valid) => format!("{}: `{value}` is none of {valid}", flag(argument)),
+            None => format!("{}: `{value}` cannot be used; {see}", flag(argument)),
+        },
+        ErrorKind::ArgumentConflict => match context(ContextKind::PriorArg) {
+            Some(prior) if prior != argument => format!("{argument} and {prior} exclude each other"),
+            _ => format!("{} is given more than once", flag(argument)),
+        },
+        ErrorKind::InvalidUtf8 => "an argument is no UTF-8 text".to_owned(),
+        _ => {
+            let text = error.to_string();
+            let line = text.lines().next().unwrap_or_default();
+            format!("{}; {see}", line.strip_prefix("error: ").unwrap_or(line))
+        }
+    };
+    Err(Failure::usage(sentence))
+}

@@ -1,0 +1,177 @@
+//! The command line of `meshctl`.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::{Arg, ArgAction, ArgMatches, Command};
+
+use crate::cli::exit::{Failure, from_clap};
+use crate::config::{Cleanup, Machine, Origin, Setting, Written};
+use crate::telemetry::logging;
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Wish {
+    pub(super) task: Task,
+    pub(super) output: Output,
+    pub(super) namespace: Option<String>,
+    /// Never empty.
+    pub(super) sockets: Vec<PathBuf>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Task {
+    Show(Page),
+    /// Show the level, or set it.
+    Log(Option<String>),
+    Uninstall(Cleanup),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Page {
+    Workloads,
+    Services,
+    Policies,
+    Certificates,
+    Connections,
+    Problems,
+    Status,
+    ConfigDump,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Output {
+    Table,
+    Wide,
+    Json,
+}
+
+const DEFAULT_SOCKET: &str = "/run/nodemesh/admin.sock";
+const SOCKET_VARIABLE: &str = "NODEMESH_ADMIN_SOCKET";
+
+const FOOTER: &str = "\
+meshctl asks the agent of this machine over its admin socket, as root. With
+--socket given several times it asks several agents and shows them together.";
+
+const PAGES: [(&str, Page, &str); 8] = [
+    ("status", Page::Status, "How the agent is"),
+    ("workloads", Page::Workloads, "Pods: which are in the mesh, and which are not, and why"),
+    ("services", Page::Services, "Services with their ports and endpoints"),
+    ("policies", Page::Policies, "Authorization policies and whom they hold for"),
+    ("certificates", Page::Certificates, "Certificates of this node's identities"),
+    ("connections", Page::Connections, "Connections that are open now"),
+    ("problems", Page::Problems, "What is wrong with the configuration"),
+    ("config-dump", Page::ConfigDump, "All that the agent goes by, as JSON"),
+];
+
+fn command() -> Command {
+    let pages = PAGES.iter().map(|(name, page, about)| {
+        let with_namespace = !matches!(page, Page::Status | Page::ConfigDump);
+        let command = Command::new(*name).about(*about);
+        if with_namespace {
+            command
+                .arg(Arg::new("namespace").short('n').long("namespace").value_name("NAME").help("Only this namespace"))
+        } else {
+            command
+        }
+    });
+    let log = Command::new("log")
+        .about("Show the agent's log level, or change it while it runs")
+        .arg(Arg::new("level").value_name("LEVEL").help("error, warn, info, debug, trace, off, or target=level,..."));
+    let uninstall = Command::new("uninstall").about("Take everything of this node's agent out of the kernel").args(
+        CLEANUP_SETTINGS.iter().filter_map(|n| Setting::named(n)).map(|s| {
+            Arg::new(s.name).long(s.name).value_name(s.value).help(format!("{} [default: {}]", s.help, s.default))
+        }),
+    );
+    Command::new("meshctl")
+        .about("Look into a Nodemesh agent")
+        .version(env!("CARGO_PKG_VERSION"))
+        .max_term_width(80)
+        .subcommand_required(true)
+        .after_help(FOOTER)
+        .arg(
+            Arg::new("socket")
+                .long("socket")
+                .value_name("PATH")
+                .action(ArgAction::Append)
+                .global(true)
+                .help("The agent's admin socket; may be repeated [default: /run/nodemesh/admin.sock]"),
+        )
+        .arg(
+            Arg::new("output")
+                .short('o')
+                .long("output")
+                .value_name("FORM")
+                .value_parser(["table", "wide", "json"])
+                .default_value("table")
+                .hide_default_value(true)
+                .hide_possible_values(true)
+                .global(true)
+                .help("table, wide (nothing cut off) or json [default: table]"),
+        )
+        .subcommands(pages)
+        .subcommand(log)
+        .subcommand(uninstall)
+}
+
+const CLEANUP_SETTINGS: [&str; 3] = ["node-name", "bpffs", "cgroup"];
+
+/// `Ok(Err(text))`: print this, it was asked for.
+pub(super) fn parse(
+    args: impl IntoIterator<Item = OsString>,
+    variable: impl Fn(&str) -> Option<String>,
+    machine: &Machine,
+) -> anyhow::Result<Result<Wish, String>> {
+    let matches = match command().try_get_matches_from(args) {
+        Ok(matches) => matches,
+        Err(error) => return Ok(Err(from_clap(&error, "meshctl --help")?)),
+    };
+    let (name, inner) = matches.subcommand().expect("clap wants a subcommand");
+    let output = match inner.get_one::<String>("output").map(String::as_str) {
+        Some("json") => Output::Json,
+        Some("wide") => Output::Wide,
+        _ => Output::Table,
+    };
+    let sockets: Vec<PathBuf> = match inner.get_many::<String>("socket") {
+        Some(paths) => paths.map(PathBuf::from).collect(),
+        None => vec![variable(SOCKET_VARIABLE).unwrap_or_else(|| DEFAULT_SOCKET.to_owned()).into()],
+    };
+    let task = match (name, PAGES.iter().find(|(page, ..)| *page == name)) {
+        (_, Some((_, page, _))) => Task::Show(*page),
+        ("log", None) => Task::Log(log_level(inner)?),
+        _ => Task::Uninstall(uninstall(inner, &sockets, variable, machine)?),
+    };
+    let namespace = inner.try_get_one::<String>("namespace").ok().flatten().cloned();
+    Ok(Ok(Wish { task, output, namespace, sockets }))
+}
+
+fn log_level(matches: &ArgMatches) -> Result<Option<String>, Failure> {
+    let level = matches.get_one::<String>("level").cloned();
+    if let Some(level) = &level {
+        logging::parse(level).map_err(Failure::usage)?;
+    }
+    Ok(level)
+}
+
+fn uninstall(
+    matches: &ArgMatches,
+    sockets: &[PathBuf],
+    variable: impl Fn(&str) -> Option<String>,
+    machine: &Machine,
+) -> anyhow::Result<Cleanup> {
+    let [socket] = sockets else {
+        return Err(Failure::usage("uninstall takes one node's agent away; give one --socket").into());
+    };
+    let mut written = Written::default();
+    for setting in CLEANUP_SETTINGS.iter().filter_map(|n| Setting::named(n)) {
+        if let Some(value) = variable(&setting.variable()) {
+            written.set(setting, Origin::Variable, vec![value]);
+        }
+        if let Some(value) = matches.get_one::<String>(setting.name) {
+            written.set(setting, Origin::Flag, vec![value.clone()]);
+        }
+    }
+    if let Some(setting) = Setting::named("admin-socket") {
+        written.set(setting, Origin::Flag, vec![socket.display().to_string()]);
+    }
+    Ok(Cleanup::check(&written, machine)?)
+}

@@ -1,0 +1,187 @@
+//! `meshctl`: asks the admin sockets of one or several agents and shows what they say.
+
+mod args;
+mod client;
+mod layout;
+mod lists;
+mod status;
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::io::{self, IsTerminal, Write};
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use self::args::{Output, Page, Task, Wish};
+use self::client::Client;
+use self::layout::{Screen, Table};
+use super::cleanup::cleanup;
+use super::exit::Failure;
+use crate::admin::views::{LoggingView, StatusView};
+use crate::config::Machine;
+
+pub(super) fn run(args: impl IntoIterator<Item = OsString>) -> anyhow::Result<()> {
+    let wish = match args::parse(args, |name| std::env::var(name).ok(), &Machine::here())? {
+        Ok(wish) => wish,
+        Err(text) => return Ok(write!(io::stdout(), "{text}")?),
+    };
+    let screen = Screen {
+        width: Table::terminal_width().unwrap_or(Screen::WIDTH).max(Screen::WIDTH),
+        wide: wish.output == Output::Wide,
+        colour: io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty()),
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(perform(wish, screen, &mut io::stdout().lock()))
+}
+
+/// What one agent said.
+struct Answer<T> {
+    /// Name of the node; only asked for where there are several.
+    node: String,
+    value: T,
+}
+
+async fn perform(wish: Wish, screen: Screen, out: &mut impl Write) -> anyhow::Result<()> {
+    let Wish { task, output, namespace, sockets } = wish;
+    if let Task::Uninstall(config) = task {
+        return cleanup(&config, out);
+    }
+    let (clients, missing) = connect(&sockets).await?;
+    let asked = Asked { clients, output, screen, namespace };
+    match task {
+        Task::Show(page) => match page {
+            Page::Workloads => asked.list("/workloads", lists::workloads, |v| &v.namespace, out).await?,
+            Page::Services => asked.list("/services", lists::services, |v| &v.namespace, out).await?,
+            Page::Policies => asked.list("/policies", lists::policies, |v| &v.namespace, out).await?,
+            Page::Certificates => {
+                asked.list("/certificates", lists::certificates, |v| lists::namespace_of(&v.identity), out).await?;
+            }
+            Page::Connections => {
+                asked
+                    .list("/connections", lists::connections, |v| v.pod.split('/').next().unwrap_or_default(), out)
+                    .await?;
+            }
+            Page::Problems => asked.list("/problems", lists::problems, |v| &v.object.namespace, out).await?,
+            Page::Status => {
+                let answers: Vec<Answer<StatusView>> = asked.get("/status").await?;
+                match output {
+                    Output::Json => print_json(&answers, out)?,
+                    Output::Table | Output::Wide => {
+                        for (i, answer) in answers.iter().enumerate() {
+                            if i > 0 {
+                                writeln!(out)?;
+                            }
+                            out.write_all(status::render(&answer.value, screen).as_bytes())?;
+                        }
+                    }
+                }
+            }
+            Page::ConfigDump => {
+                let answers: Vec<Answer<serde_json::Value>> = asked.get("/config_dump").await?;
+                print_json(&answers, out)?;
+            }
+        },
+        Task::Log(None) => {
+            let answers: Vec<Answer<LoggingView>> = asked.get("/logging").await?;
+            asked.log_levels(&answers, "is", out)?;
+        }
+        Task::Log(Some(level)) => {
+            let mut answers = Vec::new();
+            for (node, client) in &asked.clients {
+                answers.push(Answer { node: node.clone(), value: client.set_log_level(&level).await? });
+            }
+            asked.log_levels(&answers, "is now", out)?;
+        }
+        Task::Uninstall(_) => {}
+    }
+    out.flush()?;
+    match missing {
+        Some(failure) => Err(failure.into()),
+        None => Ok(()),
+    }
+}
+
+/// Those that answer, with their nodes' names, and the failure of the first that does not; that one is told after the
+/// others' answers. With one socket there is nothing else to show.
+async fn connect(sockets: &[std::path::PathBuf]) -> anyhow::Result<(Vec<(String, Client)>, Option<Failure>)> {
+    let (mut clients, mut missing) = (Vec::new(), None);
+    for socket in sockets {
+        let client = Client::new(socket);
+        let name = match sockets.len() {
+            1 => Ok(String::new()),
+            _ => client.get::<StatusView>("/status").await.map(|status| status.node),
+        };
+        match name {
+            Ok(name) => clients.push((name, client)),
+            Err(failure) => missing = missing.or(Some(failure)),
+        }
+    }
+    match (clients.is_empty(), missing) {
+        (true, Some(failure)) => Err(failure.into()),
+        (_, missing) => Ok((clients, missing)),
+    }
+}
+
+struct Asked {
+    clients: Vec<(String, Client)>,
+    output: Output,
+    screen: Screen,
+    namespace: Option<String>,
+}
+
+impl Asked {
+    async fn get<T: DeserializeOwned>(&self, page: &str) -> Result<Vec<Answer<T>>, Failure> {
+        let mut answers = Vec::new();
+        for (node, client) in &self.clients {
+            answers.push(Answer { node: node.clone(), value: client.get(page).await? });
+        }
+        Ok(answers)
+    }
+
+    /// Pages that are lists: of all nodes in one table, or as JSON.
+    async fn list<T: DeserializeOwned + Serialize>(
+        &self,
+        page: &str,
+        render: fn(&[Answer<Vec<T>>], Screen) -> String,
+        namespace_of: fn(&T) -> &str,
+        out: &mut impl Write,
+    ) -> anyhow::Result<()> {
+        let mut answers: Vec<Answer<Vec<T>>> = self.get(page).await?;
+        if let Some(namespace) = &self.namespace {
+            for answer in &mut answers {
+                answer.value.retain(|item| namespace_of(item) == namespace);
+            }
+        }
+        match self.output {
+            Output::Json => print_json(&answers, out),
+            Output::Table | Output::Wide => Ok(out.write_all(render(&answers, self.screen).as_bytes())?),
+        }
+    }
+
+    fn log_levels(&self, answers: &[Answer<LoggingView>], verb: &str, out: &mut impl Write) -> anyhow::Result<()> {
+        if self.output == Output::Json {
+            return print_json(answers, out);
+        }
+        for Answer { node, value } in answers {
+            let of = if node.is_empty() { String::new() } else { format!(" of node {node}") };
+            writeln!(out, "log level{of} {verb} {}", value.level)?;
+        }
+        Ok(())
+    }
+}
+
+/// Of one agent what it said; of several an object with their nodes' names.
+fn print_json<T: Serialize>(answers: &[Answer<T>], out: &mut impl Write) -> anyhow::Result<()> {
+    let text = match answers {
+        [only] if only.node.is_empty() => serde_json::to_string_pretty(&only.value)?,
+        all => {
+            let by_node: BTreeMap<&str, &T> = all.iter().map(|a| (a.node.as_str(), &a.value)).collect();
+            serde_json::to_string_pretty(&by_node)?
+        }
+    };
+    Ok(writeln!(out, "{text}")?)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,332 @@
+//! Settings as used: typed, with defaults, each checked alone and then against the others.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::value;
+use super::written::io_reason;
+use super::{ConfigError, Written};
+use crate::model::{OutboundPolicy, TrustDomain};
+use crate::telemetry::{LogFormat, logging};
+
+/// What the machine says of itself; a parameter, so that the checks can be tested.
+#[derive(Debug, Clone)]
+pub struct Machine {
+    pub hostname: String,
+    pub cores: usize,
+}
+
+/// `mesh-agent node`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Node {
+    pub node_name: String,
+    pub config_dir: PathBuf,
+    pub state_dir: PathBuf,
+    pub admin_socket: PathBuf,
+    /// Never 0.
+    pub workers: usize,
+    pub drain_timeout: Duration,
+    pub ca: CertificateAuthority,
+    pub cert_lifetime: Duration,
+    pub trust_domain: TrustDomain,
+    pub cluster_domain: String,
+    pub cluster_id: String,
+    pub root_namespace: String,
+    pub istio_labels: bool,
+    pub outbound_policy: OutboundPolicy,
+    pub bpffs: PathBuf,
+    pub cgroup: Option<PathBuf>,
+    pub probe_cgroup: Option<PathBuf>,
+    pub kernel_log: bool,
+    pub orig_dst_entries: u32,
+    pub metrics_address: SocketAddr,
+    pub readiness_address: SocketAddr,
+    /// `None` is off.
+    pub access_log: Option<LogFormat>,
+    pub logging: Logging,
+}
+
+/// Who signs this node's certificates.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum CertificateAuthority {
+    /// In this process; its keys lie in the state directory.
+    Embedded,
+    /// One of these controllers, `host:port`; the first that answers.
+    Remote { addresses: Vec<String>, join_token_file: PathBuf },
+}
+
+/// `mesh-agent controller`, and its subcommands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Controller {
+    pub config_dir: PathBuf,
+    pub state_dir: PathBuf,
+    pub listen: SocketAddr,
+    /// The user's own CA; `None` makes one in the state directory at the first start.
+    pub ca_dir: Option<PathBuf>,
+    /// Names and addresses for the controller's own certificate. Never empty: localhost where none is given.
+    pub sans: Vec<String>,
+    pub cert_lifetime: Duration,
+    pub trust_domain: TrustDomain,
+    pub istio_labels: bool,
+    pub logging: Logging,
+}
+
+/// `mesh-agent node --cleanup`: what is needed to find all that an agent of this node leaves behind.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Cleanup {
+    pub node_name: String,
+    pub bpffs: PathBuf,
+    pub cgroup: Option<PathBuf>,
+    pub admin_socket: PathBuf,
+    pub logging: Logging,
+}
+
+/// The agent's own log.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Logging {
+    /// As tracing's EnvFilter reads it.
+    pub filter: String,
+    pub format: LogFormat,
+}
+
+const DEFAULT_CONFIG_DIR: &str = "/etc/nodemesh/manifests";
+/// A certificate must live long enough to be renewed at half its life by a CA that is busy or away for a moment.
+const MIN_CERT_LIFETIME: Duration = Duration::from_secs(10);
+const MAX_CERT_LIFETIME: Duration = Duration::from_secs(365 * 24 * 3600);
+const MAX_DRAIN: Duration = Duration::from_secs(3600);
+const MAX_WORKERS: u32 = 1024;
+/// 64 bytes an entry: a gigabyte, above which a kernel map is a mistake.
+const MAX_ORIG_DST_ENTRIES: u32 = 16 * 1024 * 1024;
+/// `sockaddr_un::sun_path` has 108 bytes, one of which ends the text; the socket is bound under a name that may be a
+/// little longer first.
+const MAX_SOCKET_PATH: usize = 100;
+
+impl Machine {
+    /// This machine.
+    pub fn here() -> Self {
+        let hostname = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        Self { hostname: hostname.trim().to_lowercase(), cores }
+    }
+}
+
+impl Node {
+    pub fn check(written: &Written, machine: &Machine) -> Result<Self, ConfigError> {
+        let w = Reader(written);
+        let node = Self {
+            node_name: w.node_name(machine)?,
+            config_dir: w.directory("config-dir", DEFAULT_CONFIG_DIR)?,
+            state_dir: w.path("state-dir", "/var/lib/nodemesh")?,
+            admin_socket: w.admin_socket()?,
+            workers: match w.or("workers", "0", |t| value::number(t, 0, MAX_WORKERS))? {
+                0 => machine.cores.max(1),
+                n => usize::try_from(n).expect("a u32 fits"),
+            },
+            drain_timeout: w.or("drain-timeout", "5s", |t| value::duration_between(t, Duration::ZERO, MAX_DRAIN))?,
+            ca: w.certificate_authority()?,
+            cert_lifetime: w.cert_lifetime()?,
+            trust_domain: w.trust_domain()?,
+            cluster_domain: w.or("cluster-domain", "cluster.local", value::dns_name)?,
+            cluster_id: w.or("cluster-id", "Kubernetes", |t| match t {
+                "" => Err("is empty; write the name of this cluster".to_owned()),
+                t => Ok(t.to_owned()),
+            })?,
+            root_namespace: w.or("root-namespace", "nodemesh-system", value::label)?,
+            istio_labels: w.or("istio-labels", "false", value::boolean)?,
+            outbound_policy: w.or("outbound-policy", "ALLOW_ANY", |t| match t {
+                "ALLOW_ANY" => Ok(OutboundPolicy::AllowAny),
+                "REGISTRY_ONLY" => Ok(OutboundPolicy::RegistryOnly),
+                _ => Err(format!("`{t}` is no policy; write ALLOW_ANY or REGISTRY_ONLY")),
+            })?,
+            bpffs: w.path("bpffs", "/sys/fs/bpf")?,
+            cgroup: w.optional_directory("cgroup")?,
+            probe_cgroup: w.optional_directory("probe-cgroup")?,
+            kernel_log: w.or("kernel-log", "false", value::boolean)?,
+            orig_dst_entries: w.or("orig-dst-entries", "65536", |t| value::number(t, 1, MAX_ORIG_DST_ENTRIES))?,
+            metrics_address: w.or("metrics-address", "0.0.0.0:15020", value::address)?,
+            readiness_address: w.or("readiness-address", "0.0.0.0:15021", value::address)?,
+            access_log: w.or("access-log", "text", |t| match t {
+                "off" => Ok(None),
+                "text" => Ok(Some(LogFormat::Text)),
+                "json" => Ok(Some(LogFormat::Json)),
+                _ => Err(format!("`{t}` is no format; write text, json or off")),
+            })?,
+            logging: w.logging()?,
+        };
+        if node.metrics_address == node.readiness_address && node.metrics_address.port() != 0 {
+            let (one, other) = (written.place("metrics-address"), written.place("readiness-address"));
+            return Err(ConfigError(format!(
+                "{one} and {other} are both {}; give each a port of its own",
+                node.metrics_address
+            )));
+        }
+        Ok(node)
+    }
+}
+
+impl Controller {
+    pub fn check(written: &Written) -> Result<Self, ConfigError> {
+        Reader(written).directory("config-dir", DEFAULT_CONFIG_DIR)?;
+        Self::check_for_tools(written)
+    }
+
+    /// For `token` and `rotate-root`, which read no manifests: those need not be there.
+    pub fn check_for_tools(written: &Written) -> Result<Self, ConfigError> {
+        let w = Reader(written);
+        Ok(Self {
+            config_dir: w.path("config-dir", DEFAULT_CONFIG_DIR)?,
+            state_dir: w.path("state-dir", "/var/lib/nodemesh")?,
+            listen: w.or("listen", "0.0.0.0:15012", value::address)?,
+            ca_dir: w.optional_directory("ca-dir")?,
+            sans: match w.every("san", |t| match t.parse::<IpAddr>() {
+                Ok(_) => Ok(t.to_owned()),
+                Err(_) => value::dns_name(t).map_err(|_| format!("`{t}` is neither a DNS name nor an IP address")),
+            })? {
+                sans if sans.is_empty() => vec!["localhost".to_owned()],
+                sans => sans,
+            },
+            cert_lifetime: w.cert_lifetime()?,
+            trust_domain: w.trust_domain()?,
+            istio_labels: w.or("istio-labels", "false", value::boolean)?,
+            logging: w.logging()?,
+        })
+    }
+}
+
+impl Cleanup {
+    pub fn check(written: &Written, machine: &Machine) -> Result<Self, ConfigError> {
+        let w = Reader(written);
+        Ok(Self {
+            node_name: w.node_name(machine)?,
+            bpffs: w.path("bpffs", "/sys/fs/bpf")?,
+            cgroup: w.optional_directory("cgroup")?,
+            admin_socket: w.admin_socket()?,
+            logging: w.logging()?,
+        })
+    }
+}
+
+/// Reads single settings; every error names the place where the setting was written.
+struct Reader<'a>(&'a Written);
+
+impl Reader<'_> {
+    fn error(&self, name: &'static str, problem: &str) -> ConfigError {
+        ConfigError(format!("{}: {problem}", self.0.place(name)))
+    }
+
+    fn or<T>(
+        &self,
+        name: &'static str,
+        default: &str,
+        parse: impl FnOnce(&str) -> Result<T, String>,
+    ) -> Result<T, ConfigError> {
+        parse(self.0.get(name).unwrap_or(default)).map_err(|problem| self.error(name, &problem))
+    }
+
+    fn every<T>(&self, name: &'static str, parse: impl Fn(&str) -> Result<T, String>) -> Result<Vec<T>, ConfigError> {
+        self.0.all(name).iter().map(|t| parse(t).map_err(|problem| self.error(name, &problem))).collect()
+    }
+
+    fn path(&self, name: &'static str, default: &str) -> Result<PathBuf, ConfigError> {
+        self.or(name, default, |t| match Path::new(t) {
+            path if path.is_absolute() => Ok(path.to_owned()),
+            _ if t.is_empty() => Err("is empty; write a path".to_owned()),
+            // Relative to where the process happens to be started: after a restart by a supervisor it would be another.
+            _ => std::path::absolute(t).map_err(|e| format!("`{t}`: {}", io_reason(&e))),
+        })
+    }
+
+    /// A directory that has to be there already.
+    fn directory(&self, name: &'static str, default: &str) -> Result<PathBuf, ConfigError> {
+        let path = self.path(name, default)?;
+        match std::fs::metadata(&path) {
+            Ok(meta) if meta.is_dir() => Ok(path),
+            Ok(_) => Err(self.error(name, &format!("{} is no directory", path.display()))),
+            Err(e) => {
+                let problem =
+                    format!("cannot use {}: {}; name a directory that is there", path.display(), io_reason(&e));
+                Err(self.error(name, &problem))
+            }
+        }
+    }
+
+    fn optional_directory(&self, name: &'static str) -> Result<Option<PathBuf>, ConfigError> {
+        self.0.get(name).map(|text| self.directory(name, text)).transpose()
+    }
+
+    fn node_name(&self, machine: &Machine) -> Result<String, ConfigError> {
+        if self.0.get("node-name").is_none() && value::dns_name(&machine.hostname).is_err() {
+            return Err(ConfigError(format!(
+                "the hostname `{}` cannot be a node's name; give one with --node-name",
+                machine.hostname
+            )));
+        }
+        self.or("node-name", &machine.hostname, value::dns_name)
+    }
+
+    fn admin_socket(&self) -> Result<PathBuf, ConfigError> {
+        let path = self.path("admin-socket", "/run/nodemesh/admin.sock")?;
+        let length = path.as_os_str().len();
+        if length > MAX_SOCKET_PATH {
+            let problem =
+                format!("{length} bytes are too long for a Unix socket; use a path of up to {MAX_SOCKET_PATH}");
+            return Err(self.error("admin-socket", &problem));
+        }
+        Ok(path)
+    }
+
+    fn certificate_authority(&self) -> Result<CertificateAuthority, ConfigError> {
+        let embedded = self.or("embedded-ca", "false", value::boolean)?;
+        let addresses = self.every("ca-address", value::host_port)?;
+        match (embedded, addresses.is_empty()) {
+            (true, true) => Ok(CertificateAuthority::Embedded),
+            (true, false) => Err(ConfigError(format!(
+                "{} and {} exclude each other: the CA is either in this agent or in a controller",
+                self.0.place("embedded-ca"),
+                self.0.place("ca-address")
+            ))),
+            (false, true) => Err(ConfigError(
+                "no certificate authority: give --ca-address HOST:PORT of a controller, or --embedded-ca for a mesh on \
+                 one machine"
+                    .to_owned(),
+            )),
+            (false, false) => Ok(CertificateAuthority::Remote { addresses, join_token_file: self.join_token_file()? }),
+        }
+    }
+
+    fn join_token_file(&self) -> Result<PathBuf, ConfigError> {
+        if self.0.get("join-token-file").is_none() {
+            return Err(ConfigError(format!(
+                "{} needs --join-token-file: make a token with `mesh-agent controller token --node NAME` on the \
+                 controller",
+                self.0.place("ca-address")
+            )));
+        }
+        let path = self.path("join-token-file", "")?;
+        match std::fs::File::open(&path).and_then(|f| f.metadata()) {
+            Ok(meta) if meta.is_file() => Ok(path),
+            Ok(_) => Err(self.error("join-token-file", &format!("{} is no file", path.display()))),
+            Err(e) => Err(self.error("join-token-file", &format!("cannot read {}: {}", path.display(), io_reason(&e)))),
+        }
+    }
+
+    fn cert_lifetime(&self) -> Result<Duration, ConfigError> {
+        self.or("cert-lifetime", "24h", |t| value::duration_between(t, MIN_CERT_LIFETIME, MAX_CERT_LIFETIME))
+    }
+
+    fn trust_domain(&self) -> Result<TrustDomain, ConfigError> {
+        self.or("trust-domain", "cluster.local", |t| TrustDomain::new(t).map_err(|e| e.to_string()))
+    }
+
+    fn logging(&self) -> Result<Logging, ConfigError> {
+        Ok(Logging {
+            filter: self.or("log", "info", |t| logging::parse(t).map(|_| t.to_owned()))?,
+            format: self.or("log-format", "text", |t| match t {
+                "text" => Ok(LogFormat::Text),
+                "json" => Ok(LogFormat::Json),
+                _ => Err(format!("`{t}` is no format; write text or json")),
+            })?,
+        })
+    }
+}

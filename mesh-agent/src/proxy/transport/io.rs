@@ -1,0 +1,157 @@
+//! Reading and writing of tokio sockets with as few system calls as there can be.
+
+use std::future::poll_fn;
+use std::io::{self, IoSlice, IoSliceMut};
+use std::net::TcpListener;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::time::Duration;
+
+use socket2::Socket;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::net::TcpStream;
+
+/// A listener whose connections can be waited for, without giving it to tokio (which would register each accepted
+/// socket with this worker, though another may serve it).
+pub fn watch(listener: &TcpListener) -> io::Result<AsyncFd<BorrowedFd<'_>>> {
+    // SAFETY: the borrow keeps the descriptor open, and the same, for as long as the AsyncFd lives.
+    unsafe { AsyncFd::register_with_interest(listener.as_fd(), Interest::READABLE) }.map_err(Into::into)
+}
+
+/// Bytes that a socket takes beyond those under way. More would only wait here, out of the sender's sight, when the reader
+/// is slow; what is under way the receiver's window bounds.
+const UNSENT: libc::c_int = 256 * 1024;
+/// The receive buffer of connections inside a pod, where the way is short and a larger one only hides a slow reader.
+const LOCAL_RECEIVE: usize = 512 * 1024;
+
+/// That of a tunnel; the kernel doubles it and gives about half to the window. Bounds what a session may have learnt from a
+/// connection before: autotuning only ever grows, up to 32 MiB on some machines. 1 ms away it still allows 8 Gbit/s.
+const TUNNEL_RECEIVE: libc::c_int = 1024 * 1024;
+
+/// What a socket of the agent is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Use {
+    /// Between the agent and the application, inside a pod.
+    Local,
+    /// Between two agents.
+    Tunnel,
+    /// Plaintext from or to somewhere else: as the kernel has it.
+    Plain,
+}
+
+/// Lets a slow reader stop its sender soon: the mesh must not hold megabytes of a connection.
+pub fn bound_buffers(socket: &Socket, what_for: Use) -> io::Result<()> {
+    match what_for {
+        Use::Local => socket.set_recv_buffer_size(LOCAL_RECEIVE)?,
+        // The force is needed to pass net.core.rmem_max.
+        Use::Tunnel => set_option(socket, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, TUNNEL_RECEIVE)?,
+        Use::Plain => {}
+    }
+    set_option(socket, libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, UNSENT)
+}
+
+/// Sets an option that socket2 does not know.
+pub fn set_option(socket: &Socket, level: libc::c_int, option: libc::c_int, value: libc::c_int) -> io::Result<()> {
+    // SAFETY: the descriptor is open, and the option's value is an int that outlives the call.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            level,
+            option,
+            (&raw const value).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Waits until a read may give something. One reader a socket.
+pub async fn readable(socket: &TcpStream) -> io::Result<()> {
+    poll_fn(|cx| socket.poll_read_ready(cx)).await
+}
+
+/// Waits until a write may take something. One writer a socket.
+pub async fn writable(socket: &TcpStream) -> io::Result<()> {
+    poll_fn(|cx| socket.poll_write_ready(cx)).await
+}
+
+/// Reads what is there, without waiting. `Ok(None)`: nothing yet; `Ok(Some(0))`: the peer has ended its side.
+///
+/// A short read tells that the socket is empty, so that the next `readable` waits at once: the usual second `read` that
+/// only gives EAGAIN is saved. (An end of stream is kept apart by epoll and not lost.)
+pub fn try_read(socket: &TcpStream, into: &mut [IoSliceMut<'_>]) -> io::Result<Option<usize>> {
+    let room: usize = into.iter().map(|b| b.len()).sum();
+    partial(socket, Interest::READABLE, room, || rustix::io::readv(socket, into))
+}
+
+/// Writes what the socket takes, without waiting. `Ok(None)`: nothing now.
+pub fn try_write(socket: &TcpStream, from: &[IoSlice<'_>]) -> io::Result<Option<usize>> {
+    let size: usize = from.iter().map(|b| b.len()).sum();
+    partial(socket, Interest::WRITABLE, size, || rustix::io::writev(socket, from))
+}
+
+fn partial(
+    socket: &TcpStream,
+    interest: Interest,
+    whole: usize,
+    mut call: impl FnMut() -> rustix::io::Result<usize>,
+) -> io::Result<Option<usize>> {
+    let mut done = None;
+    let result = socket.try_io(interest, || {
+        loop {
+            match call() {
+                Err(rustix::io::Errno::INTR) => {}
+                Err(e) => return Err(e.into()),
+                Ok(n) => {
+                    done = Some(n);
+                    // Said to tokio only, to clear its readiness: the bytes have moved.
+                    return if n != 0 && n < whole { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) };
+                }
+            }
+        }
+    });
+    match (done, result) {
+        (Some(n), _) => Ok(Some(n)),
+        (None, Err(e)) if e.kind() == io::ErrorKind::WouldBlock => Ok(None),
+        (None, Err(e)) => Err(e),
+        (None, Ok(())) => Ok(None),
+    }
+}
+
+/// Writes all of `bytes`.
+pub async fn write_all(socket: &TcpStream, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        match try_write(socket, &[IoSlice::new(bytes)])? {
+            Some(n) => bytes = &bytes[n..],
+            None => writable(socket).await?,
+        }
+    }
+    Ok(())
+}
+
+/// Writes all of `parts`, in order, in as few calls as the socket allows.
+pub async fn write_all_vectored(socket: &TcpStream, mut parts: &mut [IoSlice<'_>]) -> io::Result<()> {
+    IoSlice::advance_slices(&mut parts, 0);
+    while !parts.is_empty() {
+        match try_write(socket, parts)? {
+            Some(n) => IoSlice::advance_slices(&mut parts, n),
+            None => writable(socket).await?,
+        }
+    }
+    Ok(())
+}
+
+/// Ends our side of a connection; the peer reads an end of stream after the bytes that were written.
+pub fn finish(socket: &TcpStream) -> io::Result<()> {
+    match rustix::net::shutdown(socket, rustix::net::Shutdown::Write) {
+        // The peer has gone altogether: it will see that from what it tries next.
+        Err(rustix::io::Errno::NOTCONN) | Ok(()) => Ok(()),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// Ends a connection with a reset, as a broken one ends; an orderly end would tell the peer that all bytes arrived.
+pub fn reset(socket: TcpStream) {
+    let _ = rustix::net::sockopt::set_socket_linger(&socket, Some(Duration::ZERO));
+    drop(socket);
+}
