@@ -6,7 +6,8 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use serde_json::Value;
@@ -15,7 +16,7 @@ use crate::http;
 use crate::mesh::{Mesh, Node, fresh_log};
 use crate::netns::Netns;
 use crate::pod::{Output, Pod};
-use crate::process::Process;
+use crate::process::{Process, tail};
 use crate::wait::eventually;
 
 /// How long an agent or controller may take until it is ready.
@@ -208,7 +209,13 @@ impl Agent {
     /// Waits until this agent has taken a pod in, or, with `false`, let it go.
     pub fn wait_enrolled(&self, pod: &Pod, enrolled: bool) {
         let what = format!("pod {}/{} has enrolled = {enrolled}", pod.namespace(), pod.name());
-        eventually(Duration::from_secs(10), &what, || self.is_enrolled(pod) == enrolled);
+        let patience = Duration::from_secs(10);
+        let start = Instant::now();
+        while self.is_enrolled(pod) != enrolled {
+            let shown = || format!("{}\n{}", self.meshctl(&["workloads"]).stdout, tail(&self.log(), 40));
+            assert!(start.elapsed() < patience, "waited {patience:?} in vain: {what}; the agent says:\n{}", shown());
+            thread::sleep(Duration::from_millis(10));
+        }
     }
 
     /// Whether this agent has taken a pod in, as `meshctl workloads` says.

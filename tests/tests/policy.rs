@@ -72,16 +72,24 @@ fn main() -> ExitCode {
     run(build, |p| &p.world, meshed_only(CASES))
 }
 
-/// A policy that is in force until this is dropped.
+/// Policies that are in force until this is dropped.
 struct Applied<'p> {
     policy: &'p Policy,
-    file: &'static str,
+    files: Vec<&'static str>,
+}
+
+impl Applied<'_> {
+    /// With what `other` has applied: they end together.
+    fn and(mut self, mut other: Self) -> Self {
+        self.files.append(&mut other.files);
+        self
+    }
 }
 
 impl Policy {
     fn apply(&self, file: &'static str, yaml: &str) -> Applied<'_> {
         self.world.mesh().manifests().apply(file, yaml);
-        Applied { policy: self, file }
+        Applied { policy: self, files: vec![file] }
     }
 
     fn peer_authentication(&self, file: &'static str, place: &str, spec: &str) -> Applied<'_> {
@@ -115,8 +123,10 @@ impl Policy {
 
 impl Drop for Applied<'_> {
     fn drop(&mut self) {
-        self.policy.world.mesh().manifests().remove(self.file);
-        if !thread::panicking() {
+        for file in &self.files {
+            self.policy.world.mesh().manifests().remove(file);
+        }
+        if !self.files.is_empty() && !thread::panicking() {
             // The next case begins where all is open again.
             for client in [&self.policy.alice, &self.policy.bob, &self.policy.outsider] {
                 for (server, port) in [(&self.policy.server, WEB), (&self.policy.neighbour, ADMIN)] {
@@ -146,11 +156,11 @@ fn strict_for_the_mesh(p: &Policy) {
 }
 
 fn strict_for_a_namespace_permissive_for_a_workload(p: &Policy) {
-    let _strict = p.peer_authentication("shop-strict", "shop", "  mtls: {mode: STRICT}\n");
+    let strict = p.peer_authentication("shop-strict", "shop", "  mtls: {mode: STRICT}\n");
     p.becomes(&p.outsider, &p.server, WEB, false);
     p.becomes(&p.outsider, &p.neighbour, WEB, false);
     let selector = "  selector: {matchLabels: {app: neighbour}}\n  mtls: {mode: PERMISSIVE}\n";
-    let _permissive = p.peer_authentication("neighbour-permissive", "shop", selector);
+    let _both = strict.and(p.peer_authentication("neighbour-permissive", "shop", selector));
     p.becomes(&p.outsider, &p.neighbour, WEB, true);
     assert!(!p.may(&p.outsider, &p.server, WEB), "the exception is for one workload");
 }
@@ -203,7 +213,7 @@ fn allow_by_address(p: &Policy) {
 fn deny_goes_before_allow(p: &Policy) {
     let allow = "  action: ALLOW\n  rules:\n  - from:\n    - source:\n        namespaces: [friends]\n";
     let deny = "  action: DENY\n  rules:\n  - from:\n    - source:\n        serviceAccounts: [friends/bob]\n";
-    let _both = (p.authorization("allow-friends", allow), p.authorization("deny-bob", deny));
+    let _both = p.authorization("allow-friends", allow).and(p.authorization("deny-bob", deny));
     p.becomes(&p.bob, &p.server, WEB, false);
     p.becomes(&p.outsider, &p.server, WEB, false);
     p.becomes(&p.alice, &p.server, WEB, true);
@@ -312,7 +322,7 @@ fn case_38_storm_of_updates(p: &Policy) {
         "  action: ALLOW\n  rules:\n  - from:\n    - source:\n        principals: [cluster.local/ns/friends/sa/alice]\n",
         "  action: ALLOW\n  rules:\n  - from:\n    - source:\n        namespaces: [friends]\n        notPrincipals: [cluster.local/ns/friends/sa/bob]\n",
     ];
-    let _policy = p.authorization("storm", versions[0]);
+    let policy = p.authorization("storm", versions[0]);
     p.becomes(&p.bob, &p.server, WEB, false);
     let done = AtomicBool::new(false);
     thread::scope(|s| {
@@ -335,11 +345,10 @@ fn case_38_storm_of_updates(p: &Policy) {
             thread::yield_now();
         }
         // The last of them is in force when a policy that follows it is.
-        let _mark = p.authorization("storm-mark", "  action: AUDIT\n  rules: [{}]\n");
+        let _both = policy.and(p.authorization("storm-mark", "  action: AUDIT\n  rules: [{}]\n"));
         let named = || p.world.agent("n2").meshctl_json(&["policies"]).to_string().contains("storm-mark");
         eventually(CHANGE, "the storm is over", named);
         drop(stop);
         assert!(alice.join().unwrap() > 10 && bob.join().unwrap() > 10, "calls were made meanwhile");
-        p.world.mesh().manifests().remove("storm");
     });
 }
