@@ -117,6 +117,7 @@ const _: () = assert!(size_of::<Addr>() == 20 && align_of::<Addr>() == 4);
 const _: () = assert!(size_of::<SockTuple>() == 48 && align_of::<SockTuple>() == 8);
 
 #[cfg(feature = "user")]
+#[expect(unsafe_code, reason = "plain data: every bit pattern is a value, and the sizes are asserted")]
 mod pod {
     // SAFETY: `repr(C)`, integers only, no implicit padding (sizes asserted above).
     unsafe impl aya::Pod for super::Ip {}

@@ -88,6 +88,7 @@ const _: () = assert!(size_of::<SocketDst>() == 56 && align_of::<SocketDst>() ==
 const _: () = assert!(size_of::<Attested>() == 16 && align_of::<Attested>() == 8);
 
 #[cfg(feature = "user")]
+#[expect(unsafe_code, reason = "plain data: every bit pattern is a value, and the sizes are asserted")]
 mod pod {
     // SAFETY: `repr(C)`, integers only, no implicit padding (sizes asserted above).
     unsafe impl aya::Pod for super::PodEntry {}

@@ -2,6 +2,7 @@
 //! side), with `policy` and `balance` to decide and `transport` to move the bytes.
 
 pub mod accept;
+pub mod application;
 pub mod balance;
 pub mod connections;
 pub mod error;
