@@ -2,10 +2,10 @@
 //!
 //! ```text
 //! layer 5   bin  cli  app                               may import all; imported by none
-//! layer 4   proxy/{outbound,inbound,gateway}  dns  admin
-//! layer 3   proxy/{accept,detect,transport,connections}  enrollment  redirect  discovery  identity
+//! layer 4   proxy/{accept,outbound,inbound,gateway}  dns  admin
+//! layer 3   proxy/{detect,transport,connections,error}  enrollment  redirect  discovery  identity
 //! layer 2   translate  proxy/{policy,route,balance}     pure
-//! layer 1   telemetry  lifecycle  config  proxy/error   used by 3 and 4; never by 0 and 2
+//! layer 1   telemetry  lifecycle  config                used by 3 and 4; never by 0 and 2
 //! layer 0   model                                       imports nothing of ours
 //! ```
 
@@ -19,7 +19,7 @@ const PARTS: &[(&str, u8)] = &[
     ("proxy/gateway", 4),
     ("dns", 4),
     ("admin", 4),
-    ("proxy/accept", 3),
+    ("proxy/accept", 4),
     ("proxy/detect", 3),
     ("proxy/transport", 3),
     ("proxy/connections", 3),
@@ -34,7 +34,7 @@ const PARTS: &[(&str, u8)] = &[
     ("telemetry", 1),
     ("lifecycle", 1),
     ("config", 1),
-    ("proxy/error", 1),
+    ("proxy/error", 3),
     ("model", 0),
 ];
 
@@ -45,10 +45,22 @@ const BESIDE: &[(&str, &str)] = &[
     ("proxy/transport", "enrollment"),
     ("proxy/transport", "redirect"),
     ("proxy/transport", "proxy/connections"),
-    // Listeners lie in pods, and what they accept was redirected.
-    ("proxy/accept", "enrollment"),
-    ("proxy/accept", "redirect"),
-    ("proxy/accept", "proxy/connections"),
+    ("proxy/transport", "proxy/error"),
+    // What is accepted is handed to one of the two.
+    ("proxy/accept", "proxy/outbound"),
+    ("proxy/accept", "proxy/inbound"),
+    // A worker and what its connections share is made where it accepts.
+    ("proxy/outbound", "proxy/accept"),
+    ("proxy/inbound", "proxy/accept"),
+    ("proxy/connections", "proxy/error"),
+    // On one node the client's half hands over to the server's, in the agent; how a copy ended is told alike by both.
+    ("proxy/outbound", "proxy/inbound"),
+    ("proxy/inbound", "proxy/outbound"),
+    // Bytes are counted where they are copied; a fault of the way is a fault of the connection.
+    ("proxy/connections", "proxy/transport"),
+    ("proxy/error", "proxy/transport"),
+    // Listeners and routes in a pod are set up for the sockets that the data path will open.
+    ("enrollment", "proxy/transport"),
     // Cookies name namespaces; enrolment tells the kernel.
     ("enrollment", "redirect"),
     ("redirect", "enrollment"),
@@ -188,8 +200,8 @@ mod tests {
     fn upward_and_sideways_are_not() {
         let upward = of("proxy/policy/x.rs", "use crate::proxy::outbound::Cx;");
         assert_eq!(upward, ["proxy/policy (layer 2) may not import proxy/outbound (layer 4)"]);
-        assert_eq!(of("proxy/outbound/x.rs", "use super::super::inbound::y;").len(), 1);
-        assert_eq!(of("proxy/outbound/mod.rs", "use super::inbound::y;").len(), 1);
+        assert_eq!(of("proxy/outbound/x.rs", "use super::super::gateway::y;").len(), 1);
+        assert_eq!(of("proxy/outbound/mod.rs", "use super::gateway::y;").len(), 1);
         assert_eq!(of("discovery/x.rs", "use crate::{\n    model::A,\n    identity::{B, C},\n};").len(), 1);
         assert_eq!(of("translate/x.rs", "use crate::telemetry::Facts;").len(), 1, "pure layers do not log");
     }
