@@ -1,5 +1,7 @@
 //! Enter a pod's network namespace: open sockets there, and prepare it so that the application sees its clients.
 
+#![expect(unsafe_code, reason = "a socket option that no library wraps")]
+
 use std::fs::File;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};

@@ -3,6 +3,8 @@
 //! All `unsafe` of the map accesses is here: the callers' key and value types are checked against the map when it is
 //! opened (`maps::open`).
 
+#![expect(unsafe_code, reason = "system calls that no library wraps")]
+
 use std::ffi::{CString, c_long};
 use std::io;
 use std::mem::MaybeUninit;

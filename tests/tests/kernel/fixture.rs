@@ -3,6 +3,8 @@
 //!
 //! Everything made here has a name with this process's id and is taken away on drop, also when a test panics.
 
+#![expect(unsafe_code, reason = "socket options that no library wraps")]
+
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};

@@ -1,5 +1,7 @@
 //! Reading and writing of tokio sockets with as few system calls as there can be.
 
+#![expect(unsafe_code, reason = "registering a borrowed descriptor, and socket options that no library wraps")]
+
 use std::future::poll_fn;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::net::TcpListener;
