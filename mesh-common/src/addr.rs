@@ -1,6 +1,11 @@
 //! One address family for all: a 16-byte IP, IPv4 written as `::ffff:a.b.c.d`, in words as they lie in the kernel's
 //! contexts (network byte order in memory).
 
+#![cfg_attr(
+    feature = "user",
+    expect(unsafe_code, reason = "the types of the maps are plain bytes: `aya::Pod` is an unsafe trait")
+)]
+
 /// `::ffff:0:0/96` as the third word.
 const MAPPED: u32 = 0xffff_u32.to_be();
 
@@ -117,7 +122,6 @@ const _: () = assert!(size_of::<Addr>() == 20 && align_of::<Addr>() == 4);
 const _: () = assert!(size_of::<SockTuple>() == 48 && align_of::<SockTuple>() == 8);
 
 #[cfg(feature = "user")]
-#[expect(unsafe_code, reason = "plain data: every bit pattern is a value, and the sizes are asserted")]
 mod pod {
     // SAFETY: `repr(C)`, integers only, no implicit padding (sizes asserted above).
     unsafe impl aya::Pod for super::Ip {}

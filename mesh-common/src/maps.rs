@@ -1,5 +1,10 @@
 //! Names, sizes, keys and values of the maps, and the counters.
 
+#![cfg_attr(
+    feature = "user",
+    expect(unsafe_code, reason = "the types of the maps are plain bytes: `aya::Pod` is an unsafe trait")
+)]
+
 use crate::{Addr, Ip};
 
 /// The layout of the pinned maps. Part of the pin path: another schema never reads these maps.
@@ -88,7 +93,6 @@ const _: () = assert!(size_of::<SocketDst>() == 56 && align_of::<SocketDst>() ==
 const _: () = assert!(size_of::<Attested>() == 16 && align_of::<Attested>() == 8);
 
 #[cfg(feature = "user")]
-#[expect(unsafe_code, reason = "plain data: every bit pattern is a value, and the sizes are asserted")]
 mod pod {
     // SAFETY: `repr(C)`, integers only, no implicit padding (sizes asserted above).
     unsafe impl aya::Pod for super::PodEntry {}
