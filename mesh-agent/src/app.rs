@@ -39,7 +39,11 @@ pub fn run_node(config: config::Node) -> anyhow::Result<()> {
     let log = logging::init(&config.logging.filter, config.logging.format).map_err(|e| anyhow!(e))?;
     identity::install_provider();
     raise_file_limit();
-    control_runtime()?.block_on(node(config, log))
+    let runtime = control_runtime()?;
+    let result = runtime.block_on(node(config, log));
+    // Not dropped: that would wait for threads that are stuck.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    result
 }
 
 async fn node(config: config::Node, log: logging::LogLevel) -> anyhow::Result<()> {

@@ -73,6 +73,8 @@ pub enum Event {
     List(oneshot::Sender<Vec<ConnectionInfo>>),
     /// Accept nothing more, let tunnels run dry, end when all connections have.
     Drain,
+    /// End now; what is still open is cut.
+    Stop,
 }
 
 pub struct Worker {
@@ -126,7 +128,7 @@ async fn main(worker: Rc<Worker>, mut events: mpsc::UnboundedReceiver<Event>, mu
     loop {
         tokio::select! {
             event = events.recv() => match event {
-                None => return,
+                None | Some(Event::Stop) => return,
                 Some(Event::Joined(pod)) => {
                     let uid = pod.pod.workload.uid.clone();
                     let gates = [Gate::Outbound, Gate::Plain, Gate::Tls];
