@@ -137,7 +137,9 @@ fn case_36_pod_deleted_in_mid_transfer(l: &Lifecycle) {
 }
 
 fn case_37_a_full_map_denies_and_counts(l: &Lifecycle) {
-    const TRIED: usize = ENTRIES + 64;
+    const TRIED: usize = 2 * ENTRIES;
+    // The kernel counts a map's entries on each CPU, and tells the sum in batches of 32: a map may hold that much more.
+    let room = ENTRIES + 32 * std::thread::available_parallelism().map_or(1, |cpus| cpus.get());
     let far = SocketAddr::new(l.far.v4(), echo_in(&l.far));
     let full =
         || l.world.agent("n1").metric("nodemesh_kernel_events_total", &[("event", "map_full"), ("reason", "orig_dst")]);
@@ -151,13 +153,13 @@ fn case_37_a_full_map_denies_and_counts(l: &Lifecycle) {
     // Where no entry found room, nobody knows where the connection was meant to go: it is reset, never guessed.
     let answers: Vec<_> = streams.iter().map(|stream| ping(stream, b"where to?").map_err(|e| e.kind())).collect();
     let served = answers.iter().filter(|answer| answer.is_ok()).count();
-    assert!(served > 0 && served <= ENTRIES, "{served} of {TRIED} were served with room for {ENTRIES}");
+    assert!(served > 0 && served <= room, "{served} of {TRIED} were served with room for {room}");
     for refused in answers.into_iter().filter_map(Result::err) {
         assert!(Refusal::Afterwards(Some(refused)).is_prompt(), "{refused:?}");
     }
     assert!(!capture.stop().contains(b"where to?"));
     let counted = full() - before;
-    assert!(counted >= (TRIED - ENTRIES) as f64, "{counted} were counted");
+    assert!(counted >= (TRIED - served) as f64, "{counted} were counted, {served} served");
     drop(streams);
     eventually(PATIENCE, "all is well again", || call(&l.client, far).is_ok());
 }
