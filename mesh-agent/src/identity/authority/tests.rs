@@ -74,7 +74,7 @@ fn a_lifetime_is_bounded_both_ways() {
         leaf.validity().not_after.timestamp() - leaf.validity().not_before.timestamp()
     };
     assert_eq!(life(DEFAULT_LIFETIME * 100), 24 * 3600 + 300);
-    assert_eq!(life(SECOND), 66);
+    assert_eq!(life(SECOND), 11);
 }
 
 #[test]
