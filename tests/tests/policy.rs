@@ -148,7 +148,7 @@ const CHANGE: Duration = Duration::from_secs(3);
 
 fn strict_for_the_mesh(p: &Policy) {
     assert!(p.may(&p.outsider, &p.server, WEB), "PERMISSIVE is the default");
-    let _strict = p.peer_authentication("mesh-strict", "nodemesh-system", "  mtls: {mode: STRICT}\n");
+    let _strict = p.peer_authentication("mesh-strict", "istio-system", "  mtls: {mode: STRICT}\n");
     p.becomes(&p.outsider, &p.server, WEB, false);
     p.becomes(&p.outsider, &p.neighbour, WEB, false);
     assert!(p.may(&p.alice, &p.server, WEB), "members speak mTLS");
@@ -299,7 +299,7 @@ fn case_32_a_change_cuts_what_it_forbids_and_only_that(p: &Policy) {
 }
 
 fn case_33_kubelet_may_probe_under_strict(p: &Policy) {
-    let _strict = p.peer_authentication("probe-strict", "nodemesh-system", "  mtls: {mode: STRICT}\n");
+    let _strict = p.peer_authentication("probe-strict", "istio-system", "  mtls: {mode: STRICT}\n");
     p.becomes(&p.outsider, &p.server, WEB, false);
     let node = p.world.mesh().get_node("n2");
     let peer = peer_binary().display().to_string();

@@ -31,7 +31,7 @@ Each setting can also be a variable (--node-name: NODEMESH_NODE_NAME) or a line
 of the settings file (nodeName: a). A flag beats a variable, and a variable the
 file. TIME is a number with a unit: 90s, 5m, 24h.";
 
-const DEFAULT_TTL: &str = "1h";
+const DEFAULT_TTL: &str = "365d";
 
 pub(super) fn command() -> Command {
     let node = Command::new("node")
@@ -47,14 +47,9 @@ pub(super) fn command() -> Command {
     let token = Command::new("token")
         .about("Print a token with which one node may join")
         .arg(Arg::new("node").long("node").value_name("NAME").required(true).help("The node that may use it"))
-        .arg(
-            Arg::new("ttl")
-                .long("ttl")
-                .value_name("TIME")
-                .default_value(DEFAULT_TTL)
-                .hide_default_value(true)
-                .help("How long it can be used [default: 1h]"),
-        );
+        .arg(Arg::new("ttl").long("ttl").value_name("TIME").default_value(DEFAULT_TTL).hide_default_value(true).help(
+            "How long it can be used [default: 365d]. It is shown at every renewal: it must live as long as the node",
+        ));
     let rotate = Command::new("rotate-root").about("Change to a new root; both are trusted during the change");
     let controller = Command::new("controller")
         .about("Sign the certificates of the nodes")

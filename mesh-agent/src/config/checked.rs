@@ -132,7 +132,7 @@ impl Node {
                 "" => Err("is empty; write the name of this cluster".to_owned()),
                 t => Ok(t.to_owned()),
             })?,
-            root_namespace: w.or("root-namespace", "nodemesh-system", value::label)?,
+            root_namespace: w.or("root-namespace", "istio-system", value::label)?,
             istio_labels: w.or("istio-labels", "false", value::boolean)?,
             outbound_policy: w.or("outbound-policy", "ALLOW_ANY", |t| match t {
                 "ALLOW_ANY" => Ok(OutboundPolicy::AllowAny),

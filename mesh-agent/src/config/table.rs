@@ -107,7 +107,7 @@ pub const SETTINGS: &[Setting] = &[
     one(MESH, BOTH, "trust-domain", "NAME", "cluster.local", "Trust domain of the mesh's identities"),
     one(MESH, NODE, "cluster-domain", "NAME", "cluster.local", "DNS suffix of services"),
     one(MESH, NODE, "cluster-id", "NAME", "Kubernetes", "Name of this cluster in metrics"),
-    one(MESH, NODE, "root-namespace", "NAME", "nodemesh-system", "Namespace whose policies hold for the whole mesh"),
+    one(MESH, NODE, "root-namespace", "NAME", "istio-system", "Namespace whose policies hold for the whole mesh"),
     switch(MESH, BOTH, "istio-labels", "Read Istio's enrolment labels too"),
     one(MESH, NODE, "outbound-policy", "POLICY", "ALLOW_ANY", "Outside destinations: ALLOW_ANY or REGISTRY_ONLY"),
     one(KERNEL, NODE, "bpffs", "DIR", "/sys/fs/bpf", "Where a bpffs is mounted"),

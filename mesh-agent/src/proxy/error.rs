@@ -43,8 +43,6 @@ pub enum ConnError {
     ServerReset(io::Error),
     #[error("the server's side broke it off")]
     PeerReset,
-    #[error("pod {0} has as many open connections as one pod may have")]
-    PodLimit(String),
 }
 
 /// A fault of a tunnel that stood.
@@ -62,7 +60,7 @@ impl ConnError {
             Self::Denied(_) => ResponseFlag::Denied,
             Self::NoSuchPort { .. } | Self::Outside(_) => ResponseFlag::NoRoute,
             Self::NoEndpoint(_) => ResponseFlag::NoHealthyUpstream,
-            Self::Connect { .. } | Self::ConnectTimeout { .. } | Self::PodLimit(_) => ResponseFlag::ConnectFailure,
+            Self::Connect { .. } | Self::ConnectTimeout { .. } => ResponseFlag::ConnectFailure,
             Self::Handshake { .. } => ResponseFlag::TlsFailure,
             Self::WrongIdentity { .. } | Self::NoCertificate(_) => ResponseFlag::IdentityError,
             Self::Tunnel { .. } => ResponseFlag::TunnelFailure,
@@ -80,7 +78,7 @@ impl ConnError {
             Self::WrongIdentity { .. } => true,
             Self::Refused { refusal, .. } => *refusal == Refusal::Unreachable,
             Self::Denied(_) | Self::NoSuchPort { .. } | Self::NoEndpoint(_) | Self::Outside(_) => false,
-            Self::NoCertificate(_) | Self::PolicyChanged | Self::PodLimit(_) => false,
+            Self::NoCertificate(_) | Self::PolicyChanged => false,
             Self::ClientReset(_) | Self::ServerReset(_) | Self::PeerReset => false,
         }
     }

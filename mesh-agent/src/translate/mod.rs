@@ -52,7 +52,7 @@ impl Settings {
             trust_domain,
             cluster_domain: "cluster.local".into(),
             cluster: "Kubernetes".into(),
-            root_namespace: "nodemesh-system".into(),
+            root_namespace: "istio-system".into(),
             istio_labels: false,
             outbound: OutboundPolicy::AllowAny,
             standalone_node: None,

@@ -7,7 +7,7 @@ use mesh_agent::model::{Snapshot, TrustDomain};
 use mesh_agent::translate::{Memory, Settings, closed, parse, translate};
 
 fuzz_target!(|bytes: &[u8]| {
-    closed("fuzz.yaml", bytes, "nodemesh-system");
+    closed("fuzz.yaml", bytes, "istio-system");
     let Ok(objects) = parse("fuzz.yaml", bytes) else { return };
     let mut settings = Settings::new(TrustDomain::new("cluster.local").expect("a trust domain"));
     settings.istio_labels = true;

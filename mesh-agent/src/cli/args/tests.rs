@@ -45,7 +45,7 @@ fn the_defaults() {
             trust_domain: TrustDomain::new("cluster.local").unwrap(),
             cluster_domain: "cluster.local".to_owned(),
             cluster_id: "Kubernetes".to_owned(),
-            root_namespace: "nodemesh-system".to_owned(),
+            root_namespace: "istio-system".to_owned(),
             istio_labels: false,
             outbound_policy: OutboundPolicy::AllowAny,
             bpffs: PathBuf::from("/sys/fs/bpf"),

@@ -12,7 +12,7 @@ use h2::{Reason, RecvStream, SendStream};
 use tokio::net::TcpStream;
 
 pub use client::{Connection, Place, open};
-pub use server::{Incoming, serve};
+pub use server::{Incoming, read_authority, serve};
 
 use super::io as sock;
 use super::session::{Counts, Side};

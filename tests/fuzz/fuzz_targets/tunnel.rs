@@ -1,0 +1,30 @@
+//! Bytes that another agent sends: the target of a CONNECT, the payload of an OPEN frame, the header of a TLS record.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use mesh_agent::proxy::transport::frame::{Kind, OPEN_MAX, Refusal, read_open, write_open};
+use mesh_agent::proxy::transport::hbone::read_authority;
+use mesh_agent::proxy::transport::record::{MAX_RECORD, Opener};
+
+fuzz_target!(|bytes: &[u8]| {
+    if let Some(destination) = read_open(bytes) {
+        assert_ne!(destination.port(), 0);
+        // What is read is what is written, but for v4-mapped addresses, which are written as IPv4.
+        let mut payload = [0; OPEN_MAX];
+        let len = write_open(destination, &mut payload);
+        let again = read_open(&payload[..len]).expect("what was written can be read");
+        assert_eq!((again.ip(), again.port()), (destination.ip().to_canonical(), destination.port()));
+    }
+    if let Ok(Some(len)) = Opener::record_len(bytes) {
+        assert!(len <= MAX_RECORD, "a record that does not fit the buffer");
+    }
+    if let Some(byte) = bytes.first() {
+        let _ = (Kind::from_byte(*byte), Refusal::from_byte(*byte));
+    }
+    if let Ok(text) = std::str::from_utf8(bytes)
+        && let Ok(uri) = http::Uri::builder().authority(text).build()
+        && let Some(target) = read_authority(&uri)
+    {
+        assert!(target.port() != 0 && target.ip() == target.ip().to_canonical());
+    }
+});
