@@ -1,23 +1,338 @@
-//! Composition root.
+//! Composition root: builds all parts, joins them, waits for the end. Nothing else imports all of them.
+//!
+//! Threads: the *control* runtime (two threads: discovery's results, enrolment, certificates, admin, metrics) and one
+//! thread a worker for the data path. Control never stands in the way of a byte.
 
-use std::time::Duration;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
 
-use crate::config;
+use anyhow::{Context, anyhow};
 
-pub fn run_node(_config: config::Node) -> anyhow::Result<()> {
-    unimplemented!("the lead's")
+use crate::admin::{AdminSocket, AdminState, bind, serve_admin, serve_metrics, serve_readiness};
+use crate::config::{self, CertificateAuthority};
+use crate::discovery::{self, Sources};
+use crate::enrollment::{Enrollment, Inputs as EnrollmentInputs};
+use crate::identity::{
+    self, Ca, CaClient, CaClientOptions, CaError, CaOptions, CaServerOptions, CertificateOptions, Certificates, Clock,
+    Credential, JoinTokens,
+};
+use crate::lifecycle::{Readiness, Signals};
+use crate::model::{SpiffeId, TrustDomain};
+use crate::proxy::{Inputs as ProxyInputs, Proxy};
+use crate::redirect::{Options, Redirect};
+use crate::telemetry::{AccessLog, Telemetry, logging};
+use crate::translate::Settings;
+
+/// For one request to one controller.
+const CA_DEADLINE: Duration = Duration::from_secs(10);
+/// How often nodes ask for the roots: a change of the root takes a few of these.
+const ROOTS_POLL: Duration = Duration::from_secs(30);
+/// A file in the controller's state directory: `rotate-root` asks the controller that runs.
+const ROTATE_ROOT: &str = "rotate-root";
+const REQUEST_POLL: Duration = Duration::from_secs(1);
+/// How often label sets of workloads that are gone leave the metrics.
+const METRICS_SWEEP: Duration = Duration::from_secs(60);
+
+/// `mesh-agent node`: serves the pods of this node until a signal ends it.
+pub fn run_node(config: config::Node) -> anyhow::Result<()> {
+    let log = logging::init(&config.logging.filter, config.logging.format).map_err(|e| anyhow!(e))?;
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+    raise_file_limit();
+    control_runtime()?.block_on(node(config, log))
 }
 
-pub fn run_controller(_config: config::Controller) -> anyhow::Result<()> {
-    unimplemented!("the lead's")
+async fn node(config: config::Node, log: logging::LogLevel) -> anyhow::Result<()> {
+    let started = Instant::now();
+    let mut signals = Signals::new().context("cannot wait for signals")?;
+    // Whatever can fail on its own fails before the kernel is touched: ports, files, rights.
+    let metrics_listener = bind(config.metrics_address, "metrics", "--metrics-address")?;
+    let readiness_listener = bind(config.readiness_address, "readiness", "--readiness-address")?;
+    let admin_socket = AdminSocket::bind(&config.admin_socket)?;
+    let readiness = Readiness::default();
+    let starting = readiness.block("the programs in the kernel and the pods of this node");
+    tokio::spawn(serve_readiness(readiness_listener, readiness.clone()));
+
+    let sources = discovery::start(discovery::Options::new(&config.config_dir, settings(&config)))?;
+    let certificates = certificates(&config)?;
+    let access_log = config.access_log.map_or_else(AccessLog::off, AccessLog::new);
+    let telemetry = Arc::new(Telemetry::new(access_log));
+    let redirect = Arc::new(Redirect::start(&Options {
+        bpffs: config.bpffs.clone(),
+        node: config.node_name.clone(),
+        cgroup: config.cgroup.clone(),
+        probe_cgroup: config.probe_cgroup.clone(),
+        kernel_log: config.kernel_log,
+        original_dst_entries: config.orig_dst_entries,
+    })?);
+
+    let name: Arc<str> = config.node_name.as_str().into();
+    let proxy = Arc::new(Proxy::start(ProxyInputs {
+        node: name.clone(),
+        workers: config.workers,
+        snapshot: sources.snapshot.clone(),
+        changed: sources.changed.clone(),
+        redirect: redirect.clone(),
+        certificates: certificates.clone(),
+        telemetry: telemetry.clone(),
+    })?);
+    let events = {
+        let proxy = proxy.clone();
+        Box::new(move |event| proxy.pod_event(event))
+    };
+    let enrollment = Enrollment::new(EnrollmentInputs {
+        node: name,
+        snapshot: sources.snapshot.clone(),
+        changed: sources.changed.clone(),
+        redirect: redirect.clone(),
+        certificates: certificates.clone(),
+        events,
+    });
+    let pods = enrollment.statuses();
+    let settled = enrollment.settled();
+    let enrolling = tokio::spawn(enrollment.run());
+
+    let admin = Arc::new(AdminState {
+        node: config.node_name.clone(),
+        started,
+        certificate_authority: authority_in_words(&config.ca),
+        snapshot: sources.snapshot.clone(),
+        problems: sources.problems.clone(),
+        certificates: Box::new(move || certificates.list()),
+        pods: Box::new(move || pods.load().to_vec()),
+        connections: Box::new(proxy.lister()),
+        kernel: {
+            let redirect = redirect.clone();
+            Box::new(move || redirect.counters().unwrap_or_default())
+        },
+        readiness: readiness.clone(),
+        log,
+    });
+    let facts = admin.clone();
+    telemetry.metrics.watch_node(move || facts.node_facts());
+    tokio::spawn(serve_admin(admin_socket, admin));
+    tokio::spawn(serve_metrics(metrics_listener, telemetry.metrics.clone()));
+    tokio::spawn(sweep_metrics(telemetry.clone(), sources.clone()));
+    tokio::spawn(log_problems(sources.clone()));
+
+    tokio::select! {
+        // A pod that cannot be taken in does not hold up the others: it stays closed, and is reported.
+        () = settled.wait() => {}
+        stop = signals.recv() => return stopped(stop.name(), enrolling, proxy, Duration::ZERO).await,
+    }
+    drop(starting);
+    tracing::info!(node = config.node_name, after = ?started.elapsed(), "ready");
+    let stop = signals.recv().await;
+    tokio::select! {
+        done = stopped(stop.name(), enrolling, proxy, config.drain_timeout) => done,
+        // The second signal.
+        _ = signals.recv() => Ok(()),
+    }
 }
 
-/// `mesh-agent controller token`: a join token for the node `node`.
-pub fn join_token(_config: config::Controller, _node: &str, _ttl: Duration) -> anyhow::Result<String> {
-    unimplemented!("the lead's")
+/// Stops accepting and lets connections end. Pods stay enrolled in the kernel: until the next agent comes, what they open
+/// is refused, and nothing passes in plaintext.
+async fn stopped(
+    signal: &str,
+    enrolling: tokio::task::JoinHandle<()>,
+    proxy: Arc<Proxy>,
+    patience: Duration,
+) -> anyhow::Result<()> {
+    tracing::info!(signal, ?patience, "draining");
+    enrolling.abort();
+    // Its clone of the proxy, inside `events`, goes with it.
+    let _ = enrolling.await;
+    proxy.drain(patience).await;
+    Ok(())
+}
+
+/// `mesh-agent controller`: the CA of a mesh, until a signal ends it.
+pub fn run_controller(config: config::Controller) -> anyhow::Result<()> {
+    logging::init(&config.logging.filter, config.logging.format).map_err(|e| anyhow!(e))?;
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+    control_runtime()?.block_on(async {
+        let mut signals = Signals::new().context("cannot wait for signals")?;
+        let listener = identity::bind(config.listen).await?;
+        let ca = open_ca(&config)?;
+        let tokens = Arc::new(JoinTokens::open(&config.state_dir)?);
+        let mut settings = Settings::new(config.trust_domain.clone());
+        settings.istio_labels = config.istio_labels;
+        let sources = discovery::start(discovery::Options::new(&config.config_dir, settings))?;
+        tokio::spawn(log_problems(sources.clone()));
+        let snapshot = sources.snapshot.clone();
+        let runs_on = Arc::new(move |node: &str, identity: &SpiffeId| {
+            snapshot.load().workloads().any(|w| w.is_on(node) && w.identity == *identity)
+        });
+        tokio::spawn(take_requests(ca.clone(), config.state_dir.join(ROTATE_ROOT)));
+        tracing::info!(listen = %config.listen, trust_domain = %config.trust_domain, "the CA is ready");
+        let options = CaServerOptions { listener, names: config.sans, ca, tokens, runs_on, poll: ROOTS_POLL };
+        identity::serve(options, async { drop(signals.recv().await) }).await?;
+        Ok(())
+    })
+}
+
+/// `mesh-agent controller token`: a join token for the node `node`, good for `ttl`.
+pub fn join_token(config: config::Controller, node: &str, ttl: Duration) -> anyhow::Result<String> {
+    let tokens = JoinTokens::open(&config.state_dir)?;
+    let roots = open_ca(&config)?.bundle();
+    Ok(tokens.issue(node, &roots.fingerprints()[0], SystemTime::now() + ttl)?)
 }
 
 /// `mesh-agent controller rotate-root`: what was done, a sentence.
-pub fn rotate_root(_config: config::Controller) -> anyhow::Result<String> {
-    unimplemented!("the lead's")
+pub fn rotate_root(config: config::Controller) -> anyhow::Result<String> {
+    match Ca::open(ca_options(&config)) {
+        Ok(ca) => {
+            let root = ca.rotate_root()?;
+            Ok(format!("root {root} is announced; the controller takes it into use when all nodes trust it"))
+        }
+        // The controller runs, and only it may change its CA.
+        Err(CaError::Locked(_)) => ask_controller(&config.state_dir.join(ROTATE_ROOT)),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// Leaves a request in the state directory of the controller that runs, and waits until it has taken it.
+fn ask_controller(request: &Path) -> anyhow::Result<String> {
+    std::fs::write(request, "").with_context(|| format!("cannot write {}", request.display()))?;
+    let deadline = Instant::now() + REQUEST_POLL * 10;
+    while request.exists() {
+        if Instant::now() > deadline {
+            let _ = std::fs::remove_file(request);
+            return Err(anyhow!("the controller that holds {} does not answer; see its log", request.display()));
+        }
+        std::thread::sleep(REQUEST_POLL / 10);
+    }
+    Ok("the controller has announced a new root; see its log. It signs when all nodes trust it".to_owned())
+}
+
+/// Takes requests that `rotate-root` leaves.
+async fn take_requests(ca: Arc<Ca>, request: std::path::PathBuf) {
+    let mut tick = tokio::time::interval(REQUEST_POLL);
+    loop {
+        tick.tick().await;
+        if request.exists() {
+            match ca.rotate_root() {
+                Ok(root) => tracing::info!(root, "a new root is announced"),
+                Err(e) => tracing::error!("cannot change the root: {e}"),
+            }
+            if let Err(e) = std::fs::remove_file(&request) {
+                tracing::error!("cannot remove {}: {e}", request.display());
+                return;
+            }
+        }
+    }
+}
+
+fn control_runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .thread_name("control")
+        .enable_all()
+        .build()
+        .context("cannot start the control threads")
+}
+
+fn settings(config: &config::Node) -> Settings {
+    Settings {
+        cluster_domain: config.cluster_domain.as_str().into(),
+        cluster: config.cluster_id.as_str().into(),
+        root_namespace: config.root_namespace.as_str().into(),
+        istio_labels: config.istio_labels,
+        outbound: config.outbound_policy,
+        standalone_node: Some(config.node_name.as_str().into()),
+        endpoints_from_pods: true,
+        ..Settings::new(config.trust_domain.clone())
+    }
+}
+
+fn certificates(config: &config::Node) -> anyhow::Result<Certificates> {
+    let options = CertificateOptions {
+        trust_domains: vec![config.trust_domain.clone()],
+        lifetime: config.cert_lifetime,
+        clock: Clock::system(),
+    };
+    match &config.ca {
+        CertificateAuthority::Embedded => {
+            let state = config.state_dir.join("ca");
+            let ca = CaOptions { lifetime: config.cert_lifetime, ..CaOptions::new(state, config.trust_domain.clone()) };
+            Ok(Certificates::embedded(Ca::open(ca)?, options))
+        }
+        CertificateAuthority::Remote { addresses, join_token_file } => {
+            let token = read_token(join_token_file)?;
+            let client = CaClient::new(CaClientOptions {
+                addresses: addresses.clone(),
+                credential: Credential::Join { token, node: config.node_name.clone() },
+                state_dir: config.state_dir.join("identity"),
+                deadline: CA_DEADLINE,
+            })?;
+            Ok(Certificates::remote(client, options))
+        }
+    }
+}
+
+fn read_token(path: &Path) -> anyhow::Result<String> {
+    let text = std::fs::read_to_string(path).with_context(|| {
+        format!("cannot read the join token {}; make one with `mesh-agent controller token`", path.display())
+    })?;
+    Ok(text.trim().to_owned())
+}
+
+fn authority_in_words(ca: &CertificateAuthority) -> String {
+    match ca {
+        CertificateAuthority::Embedded => "embedded".to_owned(),
+        CertificateAuthority::Remote { addresses, .. } => addresses.join(", "),
+    }
+}
+
+fn ca_options(config: &config::Controller) -> CaOptions {
+    let state = config.state_dir.join("ca");
+    let trust_domain: TrustDomain = config.trust_domain.clone();
+    CaOptions {
+        brought: config.ca_dir.clone(),
+        lifetime: config.cert_lifetime,
+        announce: ROOTS_POLL * 4,
+        ..CaOptions::new(state, trust_domain)
+    }
+}
+
+fn open_ca(config: &config::Controller) -> anyhow::Result<Arc<Ca>> {
+    Ok(Ca::open(ca_options(config))?)
+}
+
+async fn sweep_metrics(telemetry: Arc<Telemetry>, sources: Sources) {
+    let mut tick = tokio::time::interval(METRICS_SWEEP);
+    loop {
+        tick.tick().await;
+        telemetry.metrics.sweep(&sources.snapshot.load(), Instant::now());
+    }
+}
+
+/// Each Problem once, when it appears, and once when it has gone.
+async fn log_problems(mut sources: Sources) {
+    let mut known = Vec::new();
+    loop {
+        let now = sources.problems.borrow_and_update().clone();
+        for problem in now.iter().filter(|p| !known.contains(*p)) {
+            tracing::warn!(severity = ?problem.severity, "{problem}");
+        }
+        for problem in known.iter().filter(|p| !now.contains(p)) {
+            tracing::info!("resolved: {problem}");
+        }
+        known = now.to_vec();
+        if sources.problems.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Two descriptors a connection, and one a tunnel: the usual 1024 are nothing.
+fn raise_file_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let most = limit.maximum;
+    if setrlimit(Resource::Nofile, Rlimit { current: Some(1 << 20), maximum: Some(1 << 20) }).is_err()
+        && setrlimit(Resource::Nofile, Rlimit { current: most, maximum: most }).is_err()
+    {
+        tracing::warn!("the limit of open files cannot be raised; it stays at {:?}", limit.current);
+    }
 }

@@ -24,6 +24,7 @@ pub(super) fn cleanup(config: &Cleanup, out: &mut impl Write) -> anyhow::Result<
         cgroup: cgroup.clone(),
         probe_cgroup: None,
         kernel_log: false,
+        original_dst_entries: 0,
     })?;
     for line in &removed {
         writeln!(out, "{line}")?;

@@ -1,1 +1,99 @@
-//! discovery
+//! Where configuration comes from. Comes in: manifests of a directory that is watched (the Kubernetes API will be the
+//! second source). Goes out: the `Snapshot` in force, swapped as one, a mark that it changed, and the list of Problems.
+//!
+//! `file` knows about directories and nothing about their meaning, `store` about what was last good and nothing about
+//! files.
+
+mod file;
+mod store;
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use tokio::sync::watch;
+
+use crate::model::{Problem, Snapshot};
+use crate::translate::Settings;
+use file::Directory;
+use store::Store;
+
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// The directory of manifests.
+    pub directory: PathBuf,
+    pub settings: Settings,
+    /// How often the directory is looked at though nothing was heard of it: some file systems tell nothing.
+    pub rescan: Duration,
+}
+
+impl Options {
+    pub fn new(directory: impl Into<PathBuf>, settings: Settings) -> Self {
+        Self { directory: directory.into(), settings, rescan: Duration::from_secs(3) }
+    }
+}
+
+/// What the rest of the agent reads. The directory is watched for as long as one clone of it lives.
+#[derive(Clone)]
+pub struct Sources {
+    pub snapshot: Arc<ArcSwap<Snapshot>>,
+    /// The generation of the snapshot; it counts up only when the meaning changed.
+    pub changed: watch::Receiver<u64>,
+    pub problems: watch::Receiver<Arc<Vec<Problem>>>,
+    _watching: Arc<Watching>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum DiscoveryError {
+    #[error("there is no directory {}: create it, or name the one with your manifests", .0.display())]
+    Missing(PathBuf),
+    #[error("{} is no directory: name the one with your manifests", .0.display())]
+    NoDirectory(PathBuf),
+    #[error("directory {} cannot be read: {source}: give the agent the right to", directory.display())]
+    Unreadable { directory: PathBuf, source: std::io::Error },
+    #[error("the thread that watches {} cannot be started: {source}: see the limits on threads", directory.display())]
+    Thread { directory: PathBuf, source: std::io::Error },
+}
+
+/// Reads the directory and goes on to watch it. When this returns, the snapshot is already what the directory says.
+pub fn start(options: Options) -> Result<Sources, DiscoveryError> {
+    let Options { directory, settings, rescan } = options;
+    let mut files = Directory::open(&directory)?;
+    let (mut store, published) = Store::new(settings);
+    let scan = files.scan();
+    store.take(&scan.objects, scan.problems);
+    // Ends of this channel: the watcher, and `Watching`, which stops the thread.
+    let (wake, woken) = mpsc::channel();
+    let watching = Arc::new(Watching { wake: wake.clone() });
+    std::thread::Builder::new()
+        .name("discovery".into())
+        .spawn(move || file::watch(files, &wake, &woken, rescan, |scan| store.take(&scan.objects, scan.problems)))
+        .map_err(|source| DiscoveryError::Thread { directory, source })?;
+    let store::Published { snapshot, changed, problems } = published;
+    Ok(Sources { snapshot, changed, problems, _watching: watching })
+}
+
+/// Reads the directory once: for `meshctl analyze` and tests.
+pub fn load_once(directory: &Path, settings: Settings) -> Result<(Arc<Snapshot>, Arc<Vec<Problem>>), DiscoveryError> {
+    let scan = Directory::open(directory)?.scan();
+    let (mut store, published) = Store::new(settings);
+    store.take(&scan.objects, scan.problems);
+    let problems = published.problems.borrow().clone();
+    Ok((published.snapshot.load_full(), problems))
+}
+
+/// Ends the watching thread when the last reader is gone.
+struct Watching {
+    wake: mpsc::Sender<file::Wake>,
+}
+
+impl Drop for Watching {
+    fn drop(&mut self) {
+        // The thread may have ended already; then there is nothing to stop.
+        let _ = self.wake.send(file::Wake::Stop);
+    }
+}
+
+#[cfg(test)]
+mod tests;

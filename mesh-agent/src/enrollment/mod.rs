@@ -1,7 +1,10 @@
 //! Pods join and leave the mesh while they run.
 
+mod legacy;
 mod netns;
 mod pods;
+mod routes;
 
 pub use netns::{Netns, NetnsError};
-pub use pods::{EnrolledPod, Enrollment, PodEvent, PodStatus};
+pub use pods::{EnrolledPod, Enrollment, Inputs, PodEvent, PodStatus, Settled};
+pub use routes::{RoutesError, restore};

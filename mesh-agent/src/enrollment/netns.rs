@@ -1,10 +1,20 @@
-//! Enter a pod's network namespace and open sockets there.
+//! Enter a pod's network namespace: open sockets there, and prepare it so that the application sees its clients.
 
+use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::redirect::NetnsCookie;
+
+/// The namespace that this process was started in; every thread of ours is at home there.
+static HOME: OnceLock<OwnedFd> = OnceLock::new();
 
 /// An open network namespace.
 #[derive(Debug)]
@@ -12,18 +22,58 @@ pub struct Netns {
     fd: OwnedFd,
     cookie: NetnsCookie,
     path: PathBuf,
+    /// Device and inode of the namespace itself: a path may come to name another one.
+    id: (u64, u64),
 }
 
 #[derive(Debug, thiserror::Error)]
 pub enum NetnsError {
     #[error("cannot open network namespace {path}: {source}; check the annotation nodemesh.io/netns")]
     Open { path: PathBuf, source: io::Error },
+    #[error("{path} is no network namespace; check the annotation nodemesh.io/netns")]
+    NotANetns { path: PathBuf },
+    #[error("{path} is the node's own network namespace; a hostNetwork pod cannot be in the mesh")]
+    HostNetwork { path: PathBuf },
+    #[error("cannot enter network namespace {path}: {source}; the agent needs CAP_SYS_ADMIN")]
+    Enter { path: PathBuf, source: io::Error },
+    #[error("cannot listen on port {port} inside {path}: {source}; does the application use that port itself?")]
+    Listen { path: PathBuf, port: u16, source: io::Error },
+}
+
+/// Brings the thread back, also when the closure panics.
+struct Return;
+
+impl Drop for Return {
+    fn drop(&mut self) {
+        let home = HOME.get().expect("a thread that left home knows the way");
+        if move_into_link_name_space(home.as_fd(), Some(LinkNameSpaceType::Network)).is_err() {
+            // In a foreign namespace the next socket would be opened for the wrong pod.
+            std::process::abort();
+        }
+    }
 }
 
 impl Netns {
+    /// Opens the namespace that `path` names, such as `/run/netns/pod-a`.
     pub fn open(path: &Path) -> Result<Self, NetnsError> {
-        let _ = path;
-        unimplemented!()
+        let open = |source| NetnsError::Open { path: path.to_owned(), source };
+        home().map_err(open)?;
+        let file = File::open(path).map_err(open)?;
+        let metadata = file.metadata().map_err(open)?;
+        let id = (metadata.dev(), metadata.ino());
+        let mut netns = Self { fd: file.into(), cookie: NetnsCookie(0), path: path.to_owned(), id };
+        let socket = netns.run(|| Socket::new(Domain::UNIX, Type::DGRAM, None)).map_err(|source| {
+            match source.raw_os_error() {
+                Some(libc::EINVAL) => NetnsError::NotANetns { path: path.to_owned() },
+                _ => NetnsError::Enter { path: path.to_owned(), source },
+            }
+        })?;
+        netns.cookie = socket.and_then(|s| cookie_of(s.as_fd())).map_err(open)?;
+        let own = Socket::new(Domain::UNIX, Type::DGRAM, None).and_then(|s| cookie_of(s.as_fd())).map_err(open)?;
+        if netns.cookie == own {
+            return Err(NetnsError::HostNetwork { path: path.to_owned() });
+        }
+        Ok(netns)
     }
 
     pub fn cookie(&self) -> NetnsCookie {
@@ -34,10 +84,90 @@ impl Netns {
         &self.path
     }
 
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    /// Whether the path still names this namespace.
+    pub fn is_there(&self) -> bool {
+        std::fs::metadata(&self.path).is_ok_and(|m| (m.dev(), m.ino()) == self.id)
+    }
+
     /// Runs `f` with the calling thread inside this namespace, and comes back; aborts the process where it can't come
-    /// back. `f` must not await and must be short: sockets are opened with it on the data path.
+    /// back. `f` must be short: sockets are opened with it on the data path.
     pub fn run<T>(&self, f: impl FnOnce() -> T) -> io::Result<T> {
-        let _ = &self.fd;
+        home()?;
+        move_into_link_name_space(self.fd.as_fd(), Some(LinkNameSpaceType::Network))?;
+        let _return = Return;
         Ok(f())
+    }
+
+    /// Listens on `port` of all addresses, both families where the pod has IPv6.
+    pub fn listen(&self, port: u16) -> Result<TcpListener, NetnsError> {
+        let enter = |source| NetnsError::Enter { path: self.path.clone(), source };
+        let error = |source| NetnsError::Listen { path: self.path.clone(), port, source };
+        self.run(|| listen(port)).map_err(enter)?.map_err(error)
+    }
+}
+
+fn home() -> io::Result<()> {
+    if HOME.get().is_none() {
+        let file = File::open("/proc/self/ns/net")?;
+        // Another thread may have been first; both hold the same.
+        let _ = HOME.set(file.into());
+    }
+    Ok(())
+}
+
+fn listen(port: u16) -> io::Result<TcpListener> {
+    let v6 = Socket::new(Domain::IPV6, Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))
+        .and_then(|s| s.set_only_v6(false).map(|()| s));
+    let (socket, any): (Socket, SocketAddr) = match v6 {
+        Ok(socket) => (socket, (Ipv6Addr::UNSPECIFIED, port).into()),
+        // A kernel or pod without IPv6.
+        Err(e) if e.raw_os_error() == Some(libc::EAFNOSUPPORT) => {
+            let kind = Type::STREAM.nonblocking().cloexec();
+            (Socket::new(Domain::IPV4, kind, Some(Protocol::TCP))?, (Ipv4Addr::UNSPECIFIED, port).into())
+        }
+        Err(e) => return Err(e),
+    };
+    // After a restart, connections of the agent before may linger on the port.
+    socket.set_reuse_address(true)?;
+    // Accepted sockets inherit it: small answers must not wait for more.
+    socket.set_tcp_nodelay(true)?;
+    socket.bind(&any.into())?;
+    socket.listen(4096)?;
+    Ok(socket.into())
+}
+
+fn cookie_of(socket: BorrowedFd<'_>) -> io::Result<NetnsCookie> {
+    /// asm-generic/socket.h, since Linux 5.14.
+    const SO_NETNS_COOKIE: libc::c_int = 71;
+    let mut cookie = 0u64;
+    let mut len = size_of::<u64>() as libc::socklen_t;
+    // SAFETY: the descriptor is open; value and length point to live variables of the sizes that are said.
+    let result = unsafe {
+        libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, SO_NETNS_COOKIE, (&raw mut cookie).cast(), &raw mut len)
+    };
+    if result == 0 { Ok(NetnsCookie(cookie)) } else { Err(io::Error::last_os_error()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_namespace_is_refused_by_name() {
+        let missing = Netns::open(Path::new("/no/such/netns")).unwrap_err().to_string();
+        assert!(missing.starts_with("cannot open network namespace /no/such/netns: "), "{missing}");
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let error = Netns::open(file.path()).unwrap_err();
+        assert!(matches!(error, NetnsError::NotANetns { .. }), "{error}");
+    }
+
+    #[test]
+    fn the_nodes_own_namespace_is_no_pods() {
+        let error = Netns::open(Path::new("/proc/self/ns/net")).unwrap_err();
+        assert!(matches!(error, NetnsError::HostNetwork { .. } | NetnsError::Enter { .. }), "{error}");
     }
 }

@@ -1,12 +1,24 @@
 //! The set of enrolled pods, kept equal to the snapshot's local, enabled pods.
 
+use std::collections::{BTreeMap, HashSet};
 use std::net::TcpListener;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
 
-use super::Netns;
-use crate::model::Workload;
+use super::legacy::{self, Tuple};
+use super::{Netns, NetnsError, RoutesError, routes};
+use crate::identity::Certificates;
+use crate::model::{Snapshot, SpiffeId, Transport, Workload};
+use crate::redirect::{PodEntry, Redirect, RedirectError};
+
+/// How often what failed is tried again, vanished namespaces are looked for and old connections are counted.
+const TICK: Duration = Duration::from_secs(1);
 
 /// A pod of this node with its listeners, all inside its own netns, non-blocking.
 #[derive(Debug)]
@@ -26,9 +38,10 @@ pub struct EnrolledPod {
 #[derive(Debug, Clone)]
 pub enum PodEvent {
     Joined(Arc<EnrolledPod>),
-    /// Stop accepting. Connections go on unless the pod is gone.
+    /// Stop accepting. Open connections go on, unless the pod is `gone` (deleted, or its netns has vanished).
     Left {
         uid: Arc<str>,
+        gone: bool,
     },
 }
 
@@ -46,5 +59,306 @@ pub struct PodStatus {
     pub legacy_connections: u64,
 }
 
+/// What enrolment is given.
+pub struct Inputs {
+    pub node: Arc<str>,
+    pub snapshot: Arc<ArcSwap<Snapshot>>,
+    pub changed: watch::Receiver<u64>,
+    pub redirect: Arc<Redirect>,
+    pub certificates: Certificates,
+    /// Told in order, from one task.
+    pub events: Box<dyn Fn(PodEvent) + Send + Sync>,
+}
+
 /// Keeps pods enrolled as the snapshot says.
-pub struct Enrollment {}
+pub struct Enrollment {
+    inputs: Inputs,
+    statuses: Arc<ArcSwap<Vec<PodStatus>>>,
+    settled: watch::Sender<bool>,
+}
+
+/// Told when the pods that were there at the start have been taken in, or have failed.
+pub struct Settled(watch::Receiver<bool>);
+
+impl Settled {
+    pub async fn wait(mut self) {
+        // An enrolment that has ended settles nothing any more.
+        let _ = self.0.wait_for(|settled| *settled).await;
+    }
+}
+
+/// One local, enabled pod.
+struct Pod {
+    workload: Arc<Workload>,
+    state: State,
+}
+
+enum State {
+    /// A task is at it.
+    Joining,
+    Failed(String),
+    Enrolled {
+        pod: Arc<EnrolledPod>,
+        legacy: HashSet<Tuple>,
+    },
+}
+
+#[derive(Debug, thiserror::Error)]
+enum JoinError {
+    #[error(transparent)]
+    Netns(#[from] NetnsError),
+    #[error(transparent)]
+    Routes(#[from] RoutesError),
+    #[error(transparent)]
+    Redirect(#[from] RedirectError),
+    #[error("no certificate: {0}")]
+    Certificate(String),
+    #[error("cannot count the pod's connections: {0}")]
+    Legacy(std::io::Error),
+}
+
+type Joined = (Arc<Workload>, Result<(Arc<EnrolledPod>, HashSet<Tuple>), JoinError>);
+
+impl Enrollment {
+    pub fn new(inputs: Inputs) -> Self {
+        Self { inputs, statuses: Arc::default(), settled: watch::Sender::new(false) }
+    }
+
+    /// The pods as they stand, by namespace and name; swapped as a whole.
+    pub fn statuses(&self) -> Arc<ArcSwap<Vec<PodStatus>>> {
+        self.statuses.clone()
+    }
+
+    pub fn settled(&self) -> Settled {
+        Settled(self.settled.subscribe())
+    }
+
+    /// Enrols and lets go, until dropped. Pods that are enrolled then stay so in the kernel: nothing passes without an agent.
+    pub async fn run(mut self) {
+        let mut pods: BTreeMap<Arc<str>, Pod> = BTreeMap::new();
+        let mut joining: JoinSet<Joined> = JoinSet::new();
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut adopted = false;
+        loop {
+            self.reconcile(&mut pods, &mut joining);
+            if !adopted && joining.is_empty() {
+                // Those whom an agent before us enrolled, and who are wanted no more.
+                self.let_strangers_go(&pods);
+                adopted = true;
+                self.settled.send_replace(true);
+            }
+            self.publish(&pods);
+            tokio::select! {
+                changed = self.inputs.changed.changed() => if changed.is_err() {
+                    return;
+                },
+                Some(joined) = joining.join_next() => match joined {
+                    Ok((workload, result)) => self.joined(&mut pods, workload, result),
+                    Err(e) => tracing::error!("a pod's enrolment panicked: {e}"),
+                },
+                _ = tick.tick() => self.look_after(&mut pods),
+            }
+        }
+    }
+
+    /// Starts what is missing, lets go what is not wanted.
+    fn reconcile(&self, pods: &mut BTreeMap<Arc<str>, Pod>, joining: &mut JoinSet<Joined>) {
+        let snapshot = self.inputs.snapshot.load_full();
+        let wanted =
+            |w: &&Arc<Workload>| w.is_on(&self.inputs.node) && w.netns.is_some() && w.transport == Transport::Hbone;
+        let wanted: BTreeMap<Arc<str>, Arc<Workload>> =
+            snapshot.workloads().filter(wanted).map(|w| (w.uid.clone(), w.clone())).collect();
+        let leaving: Vec<Arc<str>> = pods
+            .iter()
+            .filter(|(uid, pod)| !wanted.get(*uid).is_some_and(|w| same_place(w, &pod.workload)))
+            .filter(|(_, pod)| !matches!(pod.state, State::Joining))
+            .map(|(uid, _)| uid.clone())
+            .collect();
+        for uid in leaving {
+            let Some(pod) = pods.remove(&uid) else { continue };
+            // A pod that only left the mesh keeps its connections; one that is gone, or is another now, has none.
+            let gone = !snapshot.workload(&uid).is_some_and(|w| same_place(w, &pod.workload));
+            self.leave(pods, pod, gone);
+        }
+        for (uid, workload) in wanted {
+            // What failed is still in the map, until the tick takes it out.
+            if !pods.contains_key(&uid) {
+                joining.spawn(join(workload.clone(), self.inputs.redirect.clone(), self.inputs.certificates.clone()));
+                pods.insert(uid, Pod { workload, state: State::Joining });
+            }
+        }
+    }
+
+    fn joined(
+        &self,
+        pods: &mut BTreeMap<Arc<str>, Pod>,
+        workload: Arc<Workload>,
+        result: Result<(Arc<EnrolledPod>, HashSet<Tuple>), JoinError>,
+    ) {
+        let name = format!("{}/{}", workload.namespace, workload.name);
+        let state = match result {
+            Ok((pod, legacy)) => {
+                tracing::info!(pod = name, legacy_connections = legacy.len(), "enrolled");
+                (self.inputs.events)(PodEvent::Joined(pod.clone()));
+                State::Enrolled { pod, legacy }
+            }
+            Err(e) => {
+                tracing::warn!(pod = name, "cannot enrol: {e}; it is tried again each second");
+                State::Failed(e.to_string())
+            }
+        };
+        pods.insert(workload.uid.clone(), Pod { workload, state });
+    }
+
+    fn leave(&self, pods: &BTreeMap<Arc<str>, Pod>, pod: Pod, gone: bool) {
+        let Pod { workload, state } = pod;
+        if let State::Enrolled { pod, .. } = state {
+            if let Err(e) = self.inputs.redirect.unenroll(pod.netns.cookie()) {
+                tracing::error!(pod = %workload.name, "cannot take the pod out of the kernel's maps: {e}");
+            }
+            (self.inputs.events)(PodEvent::Left { uid: workload.uid.clone(), gone });
+            if !gone {
+                // Connections that go on need the way back; it is taken away when they have ended.
+                routes::unwanted(&pod.netns);
+                tokio::task::spawn(restore_when_quiet(pod.netns.clone()));
+            }
+            tracing::info!(pod = %format!("{}/{}", workload.namespace, workload.name), gone, "left the mesh");
+        }
+        let still_used = |id: &SpiffeId| pods.values().any(|p| p.workload.identity == *id);
+        if !still_used(&workload.identity) {
+            self.inputs.certificates.release(&workload.identity);
+        }
+    }
+
+    /// Each second: failed pods get another chance, vanished namespaces are let go, old connections are counted.
+    fn look_after(&self, pods: &mut BTreeMap<Arc<str>, Pod>) {
+        let mut lost = Vec::new();
+        for (uid, pod) in pods.iter_mut() {
+            match &mut pod.state {
+                State::Joining => {}
+                State::Failed(_) => lost.push(uid.clone()),
+                State::Enrolled { pod: enrolled, legacy } => {
+                    if !enrolled.netns.is_there() {
+                        lost.push(uid.clone());
+                    } else if !legacy.is_empty() {
+                        match legacy::established(&enrolled.netns) {
+                            Ok(now) => legacy.retain(|tuple| now.contains(tuple)),
+                            Err(e) => tracing::debug!("cannot count old connections: {e}"),
+                        }
+                    }
+                }
+            }
+        }
+        for uid in lost {
+            let Some(pod) = pods.remove(&uid) else { continue };
+            // A pod that failed starts anew; its certificate is still wanted.
+            if matches!(pod.state, State::Enrolled { .. }) {
+                let path = pod.workload.netns.clone().unwrap_or_default();
+                tracing::warn!(pod = %pod.workload.name, "the network namespace {} has vanished", path.display());
+                self.leave(pods, pod, true);
+            }
+        }
+    }
+
+    fn let_strangers_go(&self, pods: &BTreeMap<Arc<str>, Pod>) {
+        let known: HashSet<_> = pods
+            .values()
+            .filter_map(|pod| match &pod.state {
+                State::Enrolled { pod, .. } => Some(pod.netns.cookie()),
+                State::Joining | State::Failed(_) => None,
+            })
+            .collect();
+        // A wanted pod that could not be taken in stays closed, as the agent before us left it.
+        if pods.values().any(|pod| matches!(pod.state, State::Failed(_))) {
+            return;
+        }
+        match self.inputs.redirect.enrolled() {
+            Ok(cookies) => {
+                for cookie in cookies.into_iter().filter(|c| !known.contains(c)) {
+                    if let Err(e) = self.inputs.redirect.unenroll(cookie) {
+                        tracing::error!("cannot let go a pod of an earlier run: {e}");
+                    }
+                }
+            }
+            Err(e) => tracing::error!("cannot read the enrolled pods of an earlier run: {e}"),
+        }
+    }
+
+    fn publish(&self, pods: &BTreeMap<Arc<str>, Pod>) {
+        let mut statuses: Vec<PodStatus> = pods.values().map(status).collect();
+        statuses.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
+        if **self.statuses.load() != statuses {
+            self.statuses.store(Arc::new(statuses));
+        }
+    }
+}
+
+/// Takes a pod in: certificate, namespace, listeners, kernel; the kernel starts to redirect last.
+async fn join(workload: Arc<Workload>, redirect: Arc<Redirect>, certificates: Certificates) -> Joined {
+    let result = async {
+        certificates.ensure(&workload.identity).await.map_err(JoinError::Certificate)?;
+        let (workload, redirect) = (workload.clone(), redirect.clone());
+        let joined = tokio::task::spawn_blocking(move || enter(workload, &redirect)).await;
+        joined.map_err(|e| JoinError::Legacy(std::io::Error::other(e)))?
+    };
+    let result = result.await;
+    (workload, result)
+}
+
+fn enter(workload: Arc<Workload>, redirect: &Redirect) -> Result<(Arc<EnrolledPod>, HashSet<Tuple>), JoinError> {
+    let path = workload.netns.clone().unwrap_or_default();
+    let netns = Arc::new(Netns::open(&path)?);
+    routes::prepare(&netns)?;
+    let pod = EnrolledPod {
+        outbound: netns.listen(mesh_common::OUTBOUND_PORT)?,
+        plain: netns.listen(mesh_common::PLAIN_PORT)?,
+        hbone: netns.listen(mesh_common::HBONE_PORT)?,
+        workload,
+        netns,
+    };
+    let entry = PodEntry {
+        cookie: pod.netns.cookie(),
+        addresses: pod.workload.addresses.clone(),
+        hbone_listener: pod.hbone.as_raw_fd(),
+        plain_listener: pod.plain.as_raw_fd(),
+    };
+    redirect.enroll(&entry, pod.netns.fd())?;
+    // After the kernel: whatever stands now and is not ours is older than the enrolment, or was refused.
+    let legacy = legacy::established(&pod.netns).map_err(JoinError::Legacy)?;
+    Ok((Arc::new(pod), legacy))
+}
+
+/// Whether two manifests speak of one and the same network namespace and identity.
+fn same_place(a: &Workload, b: &Workload) -> bool {
+    a.netns == b.netns && a.addresses == b.addresses && a.identity == b.identity && a.node == b.node
+}
+
+/// Gives the routes back when no connection needs them any more; not where the pod has come back meanwhile.
+async fn restore_when_quiet(netns: Arc<Netns>) {
+    let mut tick = tokio::time::interval(TICK);
+    while netns.is_there() && legacy::established(&netns).is_ok_and(|all| !all.is_empty()) {
+        tick.tick().await;
+    }
+    if let Err(e) = routes::restore_unwanted(&netns) {
+        tracing::debug!("cannot take back the routes of a pod that left: {e}");
+    }
+}
+
+fn status(pod: &Pod) -> PodStatus {
+    let Workload { uid, namespace, name, addresses, .. } = &*pod.workload;
+    let (enrolled, problem, legacy) = match &pod.state {
+        State::Joining => (false, Some("it is being taken in".to_owned()), 0),
+        State::Failed(problem) => (false, Some(problem.clone()), 0),
+        State::Enrolled { legacy, .. } => (true, None, legacy.len() as u64),
+    };
+    PodStatus {
+        uid: uid.to_string(),
+        namespace: namespace.to_string(),
+        name: name.to_string(),
+        addresses: addresses.clone(),
+        enrolled,
+        problem,
+        legacy_connections: legacy,
+    }
+}

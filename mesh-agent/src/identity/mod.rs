@@ -1,24 +1,53 @@
 //! Workload certificates: made on this node, signed by the CA, renewed at half their life.
+//! In: the identities of the pods here, a CA (in this process or at the controller). Out: TLS configurations.
+
+mod authority;
+mod bundle;
+mod ca_client;
+mod ca_server;
+mod certificates;
+mod csr;
+mod files;
+mod issuer;
+mod join_token;
+mod root_rotation;
+mod rotation;
+mod rpc;
+#[cfg(test)]
+mod testing;
+mod tls;
 
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
+use x509_parser::time::ASN1Time;
 
 use crate::model::SpiffeId;
+
+pub use authority::{Ca, CaError, CaOptions};
+pub use bundle::{Bundle, BundleError};
+pub use ca_client::{CaClient, CaClientError, CaClientOptions, Credential};
+pub use ca_server::{CONTROLLER_NAME, CaServerError, CaServerOptions, DEFAULT_PORT, RunsOn, bind, serve};
+pub use certificates::{CertificateOptions, Certificates};
+pub use issuer::IssuerError;
+pub use join_token::{Claims, DEFAULT_TOKEN_LIFE, JoinTokens, TokenError};
+pub use rotation::Clock;
+pub use tls::{
+    ALPN_H2, ALPN_NODEMESH, PeerError, Trust, client_config, describe, peer_identity, provider, server_config,
+};
 
 /// What one identity needs for both ends of a TLS connection. Swapped whole at rotation.
 pub struct WorkloadTls {
     pub identity: SpiffeId,
-    /// ALPN not set: the transport clones and sets it once when it takes a new certificate into use.
+    /// Offers `nodemesh/1`, then `h2`.
     pub client: Arc<rustls::ClientConfig>,
+    /// Offers `h2` alone, for peers that are no agents of ours or where the lean tunnel is switched off.
+    pub client_h2: Arc<rustls::ClientConfig>,
+    /// Takes `nodemesh/1` before `h2`, and refuses a client that offers neither.
     pub server: Arc<rustls::ServerConfig>,
     pub not_after: SystemTime,
 }
-
-/// The certificates of this node's workloads. Cheap to clone, `Send + Sync`.
-#[derive(Clone)]
-pub struct Certificates {}
 
 /// For `meshctl certificates`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,24 +64,18 @@ pub struct CertificateInfo {
     pub problem: Option<String>,
 }
 
-impl Certificates {
-    /// The present certificate of `identity`, if there is one that has not expired. Takes no lock.
-    pub fn get(&self, _identity: &SpiffeId) -> Option<Arc<WorkloadTls>> {
-        unimplemented!()
-    }
+fn system_time(time: &ASN1Time) -> SystemTime {
+    let seconds = time.timestamp();
+    let distance = Duration::from_secs(seconds.unsigned_abs());
+    if seconds < 0 { SystemTime::UNIX_EPOCH - distance } else { SystemTime::UNIX_EPOCH + distance }
+}
 
-    /// Asks for a certificate and waits until it is there. `Err` is a sentence: what failed, when it is tried again
-    /// (in the background, for as long as the identity is wanted).
-    pub async fn ensure(&self, _identity: &SpiffeId) -> Result<(), String> {
-        unimplemented!()
-    }
-
-    /// The last pod with this identity has left: its key is dropped.
-    pub fn release(&self, _identity: &SpiffeId) {
-        unimplemented!()
-    }
-
-    pub fn list(&self) -> Vec<CertificateInfo> {
-        unimplemented!()
-    }
+fn rfc3339(time: SystemTime) -> String {
+    let seconds = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+    let Ok(time) = ASN1Time::from_timestamp(seconds.try_into().unwrap_or(i64::MAX)) else {
+        return format!("{seconds} s after 1970");
+    };
+    let t = time.to_datetime();
+    let (month, hour, minute, second) = (u8::from(t.month()), t.hour(), t.minute(), t.second());
+    format!("{:04}-{month:02}-{:02}T{hour:02}:{minute:02}:{second:02}Z", t.year(), t.day())
 }

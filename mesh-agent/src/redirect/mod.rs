@@ -1,9 +1,37 @@
 //! The user side of eBPF: load, pin, attach, and the only reader and writer of the maps.
+//!
+//! In: pods to enrol, accepted sockets. Out: connections of those pods at the agent's listeners, and where each was
+//! meant to go. What is pinned stays in force when the agent dies: enrolled pods are then refused, never let through.
+
+mod attach;
+mod enroll;
+mod error;
+mod host;
+mod load;
+mod log;
+mod maps;
+mod original_dst;
+mod pins;
+mod sys;
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{BorrowedFd, RawFd};
 use std::path::PathBuf;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use mesh_common::{COUNTERS, Event, ORIG_DST_ENTRIES, PROBE_TTL_NANOS, program};
+
+pub use error::RedirectError;
+pub use mesh_common::{HBONE_PORT, MESH_V6_PREFIX_LEN, OUTBOUND_PORT, PLAIN_PORT};
+
+use enroll::Pods;
+use host::Cgroup;
+use load::Globals;
+use log::KernelLog;
+use maps::Maps;
+use pins::Pins;
 
 /// A network namespace's cookie: unique since boot, never used again, not forgeable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -11,7 +39,7 @@ pub struct NetnsCookie(pub u64);
 
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// Where a bpffs is mounted; pins lie in `<bpffs>/nodemesh/<node>/v<schema>/`.
+    /// Where a bpffs is mounted; pins lie in `<bpffs>/nodemesh/<node>/v<schema>/`. Mounted here if there is none.
     pub bpffs: PathBuf,
     /// Set apart the pins of two agents on one machine.
     pub node: String,
@@ -21,9 +49,26 @@ pub struct Options {
     pub probe_cgroup: Option<PathBuf>,
     /// aya-log output of the kernel programs.
     pub kernel_log: bool,
+    /// Room for connections between `connect` and `accept`; pinned maps keep the size that they have.
+    pub original_dst_entries: u32,
 }
 
-/// What the kernel needs to know of an enrolled pod. Listeners are file descriptors of listening sockets in its netns.
+impl Options {
+    /// What suits most machines.
+    pub fn new(node: impl Into<String>) -> Self {
+        Self {
+            bpffs: "/sys/fs/bpf".into(),
+            node: node.into(),
+            cgroup: None,
+            probe_cgroup: None,
+            kernel_log: false,
+            original_dst_entries: ORIG_DST_ENTRIES,
+        }
+    }
+}
+
+/// What the kernel needs to know of an enrolled pod. Listeners are file descriptors of listening sockets in its netns,
+/// dual-stack (`[::]`, not v6-only): a v4 listener would not take v6 connections.
 #[derive(Debug, Clone)]
 pub struct PodEntry {
     pub cookie: NetnsCookie,
@@ -33,54 +78,145 @@ pub struct PodEntry {
     pub plain_listener: RawFd,
 }
 
-#[derive(Debug, thiserror::Error)]
-pub enum RedirectError {
-    #[error("{0}")]
-    Todo(String),
+/// The prefix that enrolment makes local to a pod (`ip -6 route add local <prefix> dev lo`), so that native IPv6
+/// connections can be spread over it: IPv6 loopback is a single address.
+pub fn v6_redirect_prefix() -> (std::net::Ipv6Addr, u8) {
+    let [high, low] = mesh_common::MESH_V6_PREFIX;
+    let IpAddr::V6(prefix) = IpAddr::from(mesh_common::Ip([high, low, 0, 0])) else {
+        unreachable!("the prefix is not v4-mapped");
+    };
+    (prefix, MESH_V6_PREFIX_LEN)
 }
 
 /// The loaded and attached programs. `Send + Sync`; the methods of the path of a connection take no lock.
-pub struct Redirect {}
+#[derive(Debug)]
+pub struct Redirect {
+    options: Options,
+    globals: Globals,
+    pins: Pins,
+    maps: Maps,
+    /// Held while a pod joins or leaves.
+    pods: Mutex<Pods>,
+    orig_dst_missing: AtomicU64,
+    _log: Option<KernelLog>,
+}
 
 impl Redirect {
-    /// Loads, pins and attaches the programs, or takes over what an earlier agent of this node pinned.
-    pub fn start(_options: &Options) -> Result<Self, RedirectError> {
-        unimplemented!()
+    /// Loads, pins and attaches the programs, or takes over what an earlier agent of this node pinned. To be called in
+    /// the node's own network namespace.
+    pub fn start(options: &Options) -> Result<Self, RedirectError> {
+        host::check_capabilities()?;
+        let cgroup = Cgroup::for_programs(options.cgroup.as_deref())?;
+        let probe_cgroup = options.probe_cgroup.as_deref().map(Cgroup::open).transpose()?;
+        let node_netns = sys::current_netns_cookie().map_err(|source| RedirectError::NetnsCookie { source })?;
+        let globals = Globals {
+            node_netns,
+            probe_cgroup: probe_cgroup.map_or(0, |cgroup| cgroup.id),
+            kernel_log: options.kernel_log,
+        };
+        let pins = Pins::new(options, load::fingerprint(&globals, cgroup.id))?;
+        host::ensure_bpffs(&options.bpffs)?;
+        let is_first = !pins.exist();
+        Self::bring_up(options, globals, pins.clone(), &cgroup).inspect_err(|_| {
+            // Half of a first start is of no use to anybody; a later one leaves in force what was.
+            if is_first && let Err(error) = pins.remove_all() {
+                tracing::warn!(%error, "pins of the failed start stay behind");
+            }
+        })
+    }
+
+    fn bring_up(options: &Options, globals: Globals, pins: Pins, cgroup: &Cgroup) -> Result<Self, RedirectError> {
+        pins.create_folders()?;
+        // Always: it makes the maps that are missing. Programs are loaded only where their link is.
+        let mut object = load::prepare(options, &pins, &globals, 0)?;
+        let log = if globals.kernel_log { KernelLog::start(&mut object) } else { None };
+        for name in program::CGROUP {
+            let pin = pins.program(name);
+            if attach::is_pinned(&pin) {
+                tracing::debug!(program = name, "taken over");
+            } else {
+                attach::to_cgroup(&mut object, name, cgroup, &pin)?;
+            }
+        }
+        // Only now: enrolled pods were redirected by the older programs up to here. Both together do no harm.
+        for folder in pins.older_programs()? {
+            pins::remove_folder(&folder)?;
+        }
+        let maps = Maps::open(&pins)?;
+        let pods = Mutex::new(enroll::restore(&maps)?);
+        Ok(Self { options: options.clone(), globals, pins, maps, pods, orig_dst_missing: AtomicU64::new(0), _log: log })
     }
 
     /// Takes a pod in: sk_lookup first, the ENROLLED entry last. Calling it again replaces listeners (after a restart).
-    pub fn enroll(&self, _pod: &PodEntry, _netns: BorrowedFd<'_>) -> Result<(), RedirectError> {
-        unimplemented!()
+    pub fn enroll(&self, pod: &PodEntry, netns: BorrowedFd<'_>) -> Result<(), RedirectError> {
+        enroll::join(self, pod, netns)
     }
 
     /// Lets a pod go, in reverse order. A pod that is not enrolled is no error.
-    pub fn unenroll(&self, _cookie: NetnsCookie) -> Result<(), RedirectError> {
-        unimplemented!()
+    pub fn unenroll(&self, cookie: NetnsCookie) -> Result<(), RedirectError> {
+        enroll::leave(self, cookie)
     }
 
     /// Pods that the kernel has as enrolled, e.g. from before a restart.
     pub fn enrolled(&self) -> Result<Vec<NetnsCookie>, RedirectError> {
-        unimplemented!()
+        Ok(self.maps.enrolled.keys()?.into_iter().map(NetnsCookie).collect())
     }
 
     /// Where the connection that the agent accepted was meant to go; takes the entry out of the map. `local` and `peer`
     /// are those of the accepted socket, v4-mapped or not. `None`: reset the connection, never guess.
-    pub fn original_dst(&self, _cookie: NetnsCookie, _local: SocketAddr, _peer: SocketAddr) -> Option<SocketAddr> {
-        unimplemented!()
+    pub fn original_dst(&self, cookie: NetnsCookie, local: SocketAddr, peer: SocketAddr) -> Option<SocketAddr> {
+        let found = original_dst::take(&self.maps.orig_dst, cookie, local, peer);
+        if found.is_none() {
+            self.orig_dst_missing.fetch_add(1, Ordering::Relaxed);
+        }
+        found
     }
 
     /// Marks a socket as the agent's own, so that no hook redirects it. Before `connect`.
-    pub fn tag_own(&self, _socket: BorrowedFd<'_>) -> io::Result<()> {
-        unimplemented!()
+    pub fn tag_own(&self, socket: BorrowedFd<'_>) -> io::Result<()> {
+        self.maps.tag_own(socket)
     }
 
     /// Kernel counters, by name and reason, for metrics: e.g. ("redirected", "v4", 12).
     pub fn counters(&self) -> Result<Vec<(&'static str, &'static str, u64)>, RedirectError> {
-        unimplemented!()
+        let mut counters = Vec::with_capacity(COUNTERS.len());
+        for (index, (name, reason)) in COUNTERS.iter().enumerate() {
+            let mut value = self.maps.count(index as u32)?;
+            if index == Event::OrigDstMissing as usize {
+                value += self.orig_dst_missing.load(Ordering::Relaxed);
+            }
+            counters.push((*name, *reason, value));
+        }
+        Ok(counters)
+    }
+
+    /// Takes out probes that are older than any connection attempt lasts: a second net under sockops, which takes each
+    /// out when its socket closes. Once a minute is enough. Returns how many.
+    pub fn sweep_probes(&self) -> Result<usize, RedirectError> {
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+        let now = now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64;
+        let mut swept = 0;
+        for key in self.maps.probes.keys()? {
+            let old = self.maps.probes.get(&key)?.is_some_and(|p| now.saturating_sub(p.at_nanos) > PROBE_TTL_NANOS);
+            swept += usize::from(old && self.maps.probes.remove(&key)?);
+        }
+        Ok(swept)
     }
 
     /// Removes every link, map and pin of this node's agent. Returns what was removed, a line each.
-    pub fn cleanup(_options: &Options) -> Result<Vec<String>, RedirectError> {
-        unimplemented!()
+    pub fn cleanup(options: &Options) -> Result<Vec<String>, RedirectError> {
+        let pins = Pins::new(options, 0)?;
+        if !host::is_bpffs(&options.bpffs) {
+            return Ok(Vec::new());
+        }
+        host::check_capabilities()?;
+        // A pod that is enrolled and no longer redirected speaks in plaintext: that is what removing the mesh means. Entries
+        // go first, so that no connection is caught between two links.
+        if let Ok(maps) = Maps::open(&pins) {
+            for cookie in maps.enrolled.keys()? {
+                maps.enrolled.remove(&cookie)?;
+            }
+        }
+        pins.remove_all()
     }
 }

@@ -1,1 +1,276 @@
-//! translate
+//! Foreign objects become the internal model. Pure: (settings, objects, what was good before) -> (parts, Problems).
+//!
+//! Comes in: objects of Kubernetes and Istio as plain JSON values, from whichever source. Each is parsed alone; one that
+//! is broken is reported, and its last good version stays in force. Then all that parsed are put together:
+//! `workloads` decides who is in the mesh, `policies` which rules hold for whom, `services` what is behind a name.
+//! Goes out: `SnapshotParts` for the data path, every Problem, and the memory for the next translation.
+
+mod istio;
+mod kubernetes;
+mod manifest;
+mod object;
+mod policies;
+mod report;
+mod services;
+mod workloads;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+pub use manifest::{Unreadable, parse};
+pub use object::{Key, Object};
+
+use crate::model::{MeshSettings, ObjectRef, OutboundPolicy, Problem, Severity, SnapshotParts, TrustDomain};
+use istio::{AuthorizationPolicy, PeerAuthentication};
+use kubernetes::{EndpointSlice, Namespace, Node, Pod, Service};
+use report::Report;
+
+/// What the translation needs to know of the mesh besides its objects.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Settings {
+    pub trust_domain: TrustDomain,
+    /// The end of service names: `cluster.local`.
+    pub cluster_domain: Arc<str>,
+    /// The name of this cluster, for metrics.
+    pub cluster: Arc<str>,
+    /// Policies in this namespace hold for the whole mesh.
+    pub root_namespace: Arc<str>,
+    /// Whether `istio.io/dataplane-mode` is read too.
+    pub istio_labels: bool,
+    pub outbound: OutboundPolicy,
+    /// Standalone mode: the node whose pods must name their network namespace.
+    pub standalone_node: Option<Arc<str>>,
+    /// Standalone mode, where no controller makes EndpointSlices: a Service that has none gets its endpoints from the
+    /// Pods that its selector names.
+    pub endpoints_from_pods: bool,
+}
+
+impl Settings {
+    /// The settings of a mesh that says nothing but its trust domain.
+    pub fn new(trust_domain: TrustDomain) -> Self {
+        Self {
+            trust_domain,
+            cluster_domain: "cluster.local".into(),
+            cluster: "Kubernetes".into(),
+            root_namespace: "nodemesh-system".into(),
+            istio_labels: false,
+            outbound: OutboundPolicy::AllowAny,
+            standalone_node: None,
+            endpoints_from_pods: false,
+        }
+    }
+}
+
+/// The last good version of every object, parsed. An object whose value is the very same is not parsed again.
+#[derive(Debug, Clone, Default)]
+pub struct Memory {
+    good: BTreeMap<Key, Good>,
+}
+
+#[derive(Debug, Clone)]
+struct Good {
+    object: Object,
+    parsed: Arc<Parsed>,
+    warnings: Vec<Problem>,
+}
+
+#[derive(Debug)]
+pub struct Translation {
+    pub parts: SnapshotParts,
+    /// Sorted, each once.
+    pub problems: Vec<Problem>,
+    pub memory: Memory,
+}
+
+/// One object that could be read.
+#[derive(Debug)]
+enum Parsed {
+    Namespace(Namespace),
+    Node(Node),
+    Pod(Pod),
+    Service(Service),
+    EndpointSlice(EndpointSlice),
+    PeerAuthentication(PeerAuthentication),
+    AuthorizationPolicy(AuthorizationPolicy),
+    /// A kind that is checked for its shape only.
+    Nothing,
+}
+
+/// All objects that are in force, by kind, in the order of their names.
+#[derive(Default)]
+struct Objects<'a> {
+    namespaces: Vec<In<'a, Namespace>>,
+    nodes: Vec<In<'a, Node>>,
+    pods: Vec<In<'a, Pod>>,
+    services: Vec<In<'a, Service>>,
+    slices: Vec<In<'a, EndpointSlice>>,
+    peer_authentications: Vec<In<'a, PeerAuthentication>>,
+    authorization_policies: Vec<In<'a, AuthorizationPolicy>>,
+}
+
+/// An object in force, with the name that Problems use.
+struct In<'a, T> {
+    at: &'a Arc<ObjectRef>,
+    is: &'a T,
+}
+
+/// Makes the model out of `objects`. The order of `objects` changes nothing but which of two equal names is the second.
+pub fn translate(settings: &Settings, objects: &[Object], before: &Memory) -> Translation {
+    let mut problems = Vec::new();
+    let mut memory = Memory::default();
+    // What holds for this translation only, in place of an object that was never good.
+    let mut stand_ins: Vec<(Arc<ObjectRef>, Parsed)> = Vec::new();
+    for object in unique(objects, &mut problems) {
+        let key = object.key();
+        let known = before.good.get(&key);
+        if let Some(same) = known.filter(|g| g.object.is_same(object)) {
+            problems.extend(same.warnings.iter().cloned());
+            memory.good.insert(key, same.clone());
+            continue;
+        }
+        let mut report = Report::of(object);
+        let Some(outcome) = parse_object(object, &mut report) else {
+            problems.extend(report.into_problems());
+            continue;
+        };
+        let found = report.into_problems();
+        match (outcome, known) {
+            (Ok(parsed), _) => {
+                let good = Good { object: object.clone(), parsed: Arc::new(parsed), warnings: found.clone() };
+                problems.extend(found);
+                memory.good.insert(key, good);
+            }
+            (Err(_), Some(good)) => {
+                problems.extend(with_outcome(found, "the last good version stays in force"));
+                memory.good.insert(key, good.clone());
+            }
+            (Err(broken), None) => {
+                problems.extend(with_outcome(found, broken.outcome));
+                stand_ins.extend(broken.stand_in.map(|s| (object.reference().clone(), s)));
+            }
+        }
+    }
+    let parts = put_together(settings, &memory, &stand_ins, &mut problems);
+    problems.sort();
+    problems.dedup();
+    Translation { parts, problems, memory }
+}
+
+/// What becomes of an object that cannot be read and never could.
+struct Broken {
+    /// End of the sentence of its Problem.
+    outcome: &'static str,
+    /// What closes in its place.
+    stand_in: Option<Parsed>,
+}
+
+impl Broken {
+    const LEFT_OUT: Self = Self { outcome: "the object is left out", stand_in: None };
+}
+
+/// `None`: an object that is none of ours, or a kind that is not honoured yet (which has been reported).
+fn parse_object(object: &Object, report: &mut Report) -> Option<Result<Parsed, Broken>> {
+    fn plain<T>(parsed: Option<T>, make: impl Fn(T) -> Parsed) -> Option<Result<Parsed, Broken>> {
+        Some(parsed.map(make).ok_or(Broken::LEFT_OUT))
+    }
+    let known_version = |good: &[&str], report: &mut Report| {
+        if !good.contains(&object.version()) {
+            report.error(
+                "apiVersion",
+                format!("version `{}` of this kind is not known: use {}", object.version(), good[0]),
+            );
+        }
+    };
+    match (object.group(), object.kind()) {
+        ("", "Namespace") => plain(kubernetes::namespace(object, report), Parsed::Namespace),
+        ("", "Node") => plain(kubernetes::node(object, report), Parsed::Node),
+        ("", "Pod") => plain(kubernetes::pod(object, report), Parsed::Pod),
+        ("", "Service") => plain(kubernetes::service(object, report), Parsed::Service),
+        ("", "ServiceAccount") => plain(kubernetes::service_account(object, report), |()| Parsed::Nothing),
+        ("discovery.k8s.io", "EndpointSlice") => {
+            known_version(&["v1"], report);
+            plain(kubernetes::endpoint_slice(object, report), Parsed::EndpointSlice)
+        }
+        ("security.istio.io", "PeerAuthentication") => {
+            known_version(&["v1", "v1beta1"], report);
+            let parsed = istio::peer_authentication(object, report);
+            Some(parsed.map(Parsed::PeerAuthentication).ok_or_else(|| istio::closed_peer_authentication(object)))
+        }
+        ("security.istio.io", "AuthorizationPolicy") => {
+            known_version(&["v1", "v1beta1"], report);
+            let parsed = istio::authorization_policy(object, report);
+            Some(parsed.map(Parsed::AuthorizationPolicy).ok_or_else(|| istio::closed_authorization_policy(object)))
+        }
+        (group, kind) if object::is_mesh_api(group) => {
+            report.warning("", format!("kind {kind} of {group} is not honoured yet: nothing of it is in force"));
+            None
+        }
+        // Deployments, ConfigMaps and the like belong to others.
+        _ => None,
+    }
+}
+
+/// Each object once; of two with the same name the first counts, in the order of their files.
+fn unique<'a>(objects: &'a [Object], problems: &mut Vec<Problem>) -> Vec<&'a Object> {
+    let mut seen: BTreeMap<Key, &Object> = BTreeMap::new();
+    for object in objects {
+        match seen.entry(object.key()) {
+            std::collections::btree_map::Entry::Vacant(free) => {
+                free.insert(object);
+            }
+            std::collections::btree_map::Entry::Occupied(first) => {
+                let at = &first.get().reference().file;
+                let message = format!("this object is already in {at}, which counts: remove one of the two");
+                problems.push(problem(Severity::Error, object.reference(), "", message));
+            }
+        }
+    }
+    seen.into_values().collect()
+}
+
+fn with_outcome(problems: Vec<Problem>, outcome: &str) -> impl Iterator<Item = Problem> {
+    problems.into_iter().map(move |mut p| {
+        if p.severity == Severity::Error {
+            p.message = format!("{}; {outcome}", p.message);
+        }
+        p
+    })
+}
+
+fn problem(severity: Severity, object: &Arc<ObjectRef>, field: &str, message: impl Into<String>) -> Problem {
+    Problem { severity, object: object.clone(), field: field.into(), message: message.into() }
+}
+
+fn put_together(
+    settings: &Settings,
+    memory: &Memory,
+    stand_ins: &[(Arc<ObjectRef>, Parsed)],
+    problems: &mut Vec<Problem>,
+) -> SnapshotParts {
+    let mut all = Objects::default();
+    let good = memory.good.values().map(|g| (g.object.reference(), &*g.parsed));
+    for (at, parsed) in good.chain(stand_ins.iter().map(|(at, parsed)| (at, parsed))) {
+        match parsed {
+            Parsed::Namespace(is) => all.namespaces.push(In { at, is }),
+            Parsed::Node(is) => all.nodes.push(In { at, is }),
+            Parsed::Pod(is) => all.pods.push(In { at, is }),
+            Parsed::Service(is) => all.services.push(In { at, is }),
+            Parsed::EndpointSlice(is) => all.slices.push(In { at, is }),
+            Parsed::PeerAuthentication(is) => all.peer_authentications.push(In { at, is }),
+            Parsed::AuthorizationPolicy(is) => all.authorization_policies.push(In { at, is }),
+            Parsed::Nothing => {}
+        }
+    }
+    // Those that stand in came last; where they come in a pod's list must not depend on it.
+    all.authorization_policies.sort_by_key(|p| (&p.is.policy.namespace, &p.is.policy.name));
+    let places = workloads::places(&all.nodes);
+    let members = workloads::members(settings, &all, problems);
+    let drafts = services::drafts(settings, &all, &members, &places, problems);
+    let workloads = workloads::build(settings, &all, &members, &drafts, &places, problems);
+    let services = services::build(drafts, &workloads);
+    let mesh = MeshSettings { trust_domain: settings.trust_domain.clone(), outbound: settings.outbound };
+    SnapshotParts { settings: mesh, workloads, services }
+}
+
+#[cfg(test)]
+mod tests;

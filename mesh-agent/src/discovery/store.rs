@@ -1,0 +1,59 @@
+//! Holds what was last good, has it translated, and publishes what comes out.
+
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
+use tokio::sync::watch;
+
+use crate::model::{MeshSettings, Problem, Snapshot};
+use crate::translate::{Memory, Object, Settings, Translation, translate};
+
+pub(super) struct Store {
+    settings: Settings,
+    memory: Memory,
+    snapshot: Arc<ArcSwap<Snapshot>>,
+    changed: watch::Sender<u64>,
+    problems: watch::Sender<Arc<Vec<Problem>>>,
+}
+
+/// The reading ends.
+pub(super) struct Published {
+    pub snapshot: Arc<ArcSwap<Snapshot>>,
+    pub changed: watch::Receiver<u64>,
+    pub problems: watch::Receiver<Arc<Vec<Problem>>>,
+}
+
+impl Store {
+    pub fn new(settings: Settings) -> (Self, Published) {
+        let mesh = MeshSettings { trust_domain: settings.trust_domain.clone(), outbound: settings.outbound };
+        let snapshot = Arc::new(ArcSwap::from_pointee(Snapshot::empty(mesh)));
+        let (changed, changed_rx) = watch::channel(0);
+        let (problems, problems_rx) = watch::channel(Arc::default());
+        let published = Published { snapshot: snapshot.clone(), changed: changed_rx, problems: problems_rx };
+        (Self { settings, memory: Memory::default(), snapshot, changed, problems }, published)
+    }
+
+    /// Takes all objects there are now, and what the source has to report itself.
+    pub fn take(&mut self, objects: &[Object], of_source: Vec<Problem>) {
+        let Translation { parts, mut problems, memory } = translate(&self.settings, objects, &self.memory);
+        self.memory = memory;
+        problems.extend(of_source);
+        problems.sort();
+        problems.dedup();
+        let before = self.snapshot.load();
+        let next = Snapshot::new(before.generation() + 1, parts);
+        // The first one is published even if it is empty: who waits for a generation waits for the first answer.
+        let differs = before.generation() == 0 || **before != next;
+        if differs {
+            self.snapshot.store(Arc::new(next));
+            self.changed.send_modify(|generation| *generation += 1);
+        }
+        self.problems.send_if_modified(|known| {
+            let new = **known != problems;
+            if new {
+                *known = Arc::new(problems);
+            }
+            new
+        });
+    }
+}

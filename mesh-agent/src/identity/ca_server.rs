@@ -1,0 +1,386 @@
+//! The controller's CA port: gRPC over TLS. In: a certificate request with a join token. Out: a chain, if the identity
+//! belongs to a pod on the node that the token is for; else a gRPC status with one sentence.
+
+use std::collections::HashMap;
+use std::convert::Infallible;
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
+use std::time::{Duration, SystemTime};
+
+use arc_swap::ArcSwap;
+use rcgen::{KeyPair, PKCS_ECDSA_P256_SHA256};
+use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
+use rustls::server::{ClientHello, ResolvesServerCert};
+use rustls::sign::CertifiedKey;
+use rustls::{ServerConfig, version};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::time::Instant;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+use tonic::body::Body;
+use tonic::codegen::{BoxFuture, Service, http};
+use tonic::server::Grpc;
+use tonic::transport::server::{Connected, Server};
+use tonic::{Request, Response, Status};
+use tonic_prost::ProstCodec;
+
+use super::bundle::certificate_pem;
+use super::certificates::Authority;
+use super::csr::{CsrError, VerifiedCsr};
+use super::join_token::{JoinTokens, TokenError};
+use super::rotation;
+use super::rpc::{self, BundleRequest, BundleResponse, CertificateRequest, CertificateResponse};
+use super::{Ca, CaError, provider};
+use crate::model::SpiffeId;
+
+pub const DEFAULT_PORT: u16 = 15012;
+/// In every serving certificate: nodes know the controller by the root and this name, whatever address they dial.
+pub const CONTROLLER_NAME: &str = "controller.nodemesh.internal";
+
+const MAX_CONNECTIONS: usize = 4096;
+const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
+const REQUEST_LIMIT: Duration = Duration::from_secs(10);
+/// A node that starts asks for all its identities at once; afterwards it asks twice a day for each.
+const NODE_BURST: f64 = 2000.0;
+const NODE_PER_SECOND: f64 = 50.0;
+
+/// Whether the node (by name) runs a pod with this identity.
+pub type RunsOn = Arc<dyn Fn(&str, &SpiffeId) -> bool + Send + Sync>;
+
+pub struct CaServerOptions {
+    pub listener: TcpListener,
+    /// DNS names and IPs by which Istio's clients dial; `localhost` and `CONTROLLER_NAME` are always there.
+    pub names: Vec<String>,
+    pub ca: Arc<Ca>,
+    pub tokens: Arc<JoinTokens>,
+    pub runs_on: RunsOn,
+    /// How often nodes ask for the roots.
+    pub poll: Duration,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum CaServerError {
+    #[error("can't listen on {address} for the CA: {source}; look what else listens there, or set another port")]
+    Bind { address: SocketAddr, source: io::Error },
+    #[error("the CA port can't get its certificate: {0}")]
+    Certificate(String),
+    #[error("the CA port has failed: {0}")]
+    Serve(#[from] tonic::transport::Error),
+}
+
+pub async fn bind(address: SocketAddr) -> Result<TcpListener, CaServerError> {
+    TcpListener::bind(address).await.map_err(|source| CaServerError::Bind { address, source })
+}
+
+/// Serves until `shutdown` is ready, then until the open requests are done. Runs the CA too.
+pub async fn serve(options: CaServerOptions, shutdown: impl Future<Output = ()>) -> Result<(), CaServerError> {
+    let CaServerOptions { listener, mut names, ca, tokens, runs_on, poll } = options;
+    names.extend(["localhost", CONTROLLER_NAME].map(str::to_owned));
+    let certificate = Arc::new(Serving(ArcSwap::from_pointee(serving_certificate(&ca, &names)?)));
+    let mut tls = ServerConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&version::TLS13])
+        .map_err(|e| CaServerError::Certificate(e.to_string()))?
+        .with_no_client_auth()
+        .with_cert_resolver(certificate.clone());
+    tls.alpn_protocols = vec![super::ALPN_H2.to_vec()];
+    tls.send_tls13_tickets = 0;
+
+    let service = Rpc(Arc::new(Signer { ca: ca.clone(), tokens, runs_on, poll, limits: Mutex::default() }));
+    let (accepted, mut incoming) = mpsc::channel::<io::Result<Connection>>(64);
+    let incoming = futures_util::stream::poll_fn(move |cx| incoming.poll_recv(cx));
+    let server = Server::builder()
+        .timeout(REQUEST_LIMIT)
+        .max_concurrent_streams(256)
+        .http2_keepalive_interval(Some(Duration::from_secs(30)))
+        .http2_max_header_list_size(16 * 1024)
+        .serve_with_incoming_shutdown(service, incoming, shutdown);
+    // Only the server ends by itself; the others are dropped with it.
+    tokio::select! {
+        outcome = server => Ok(outcome?),
+        never = accept(listener, TlsAcceptor::from(Arc::new(tls)), accepted) => match never {},
+        never = renew(ca.clone(), names, certificate) => match never {},
+        never = async { ca.run().await; std::future::pending::<Infallible>().await } => match never {},
+    }
+}
+
+/// Makes the handshakes beside each other, so that a slow client holds up nobody.
+async fn accept(listener: TcpListener, tls: TlsAcceptor, accepted: mpsc::Sender<io::Result<Connection>>) -> Infallible {
+    let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    loop {
+        let permit = room.clone().acquire_owned().await.expect("the semaphore is never closed");
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(problem) => {
+                // Out of file descriptors, most likely: an immediate next try would spin.
+                tracing::warn!(%problem, "the CA port can't accept a connection; it is tried again in 100 ms");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let (tls, accepted) = (tls.clone(), accepted.clone());
+        tokio::spawn(async move {
+            match tokio::time::timeout(HANDSHAKE_LIMIT, tls.accept(stream)).await {
+                Ok(Ok(stream)) => drop(accepted.send(Ok(Connection { stream, _permit: permit })).await),
+                Ok(Err(problem)) => tracing::debug!(%problem, "a handshake with the CA port has failed"),
+                Err(_) => tracing::debug!("a handshake with the CA port has taken too long"),
+            }
+        });
+    }
+}
+
+/// Keeps the serving certificate fresh: at half its life, and at once when another root signs.
+async fn renew(ca: Arc<Ca>, names: Vec<String>, certificate: Arc<Serving>) -> Infallible {
+    let mut roots = ca.roots();
+    loop {
+        let (now, not_after) = (ca.clock().now(), certificate.0.load().not_after);
+        tokio::select! {
+            () = ca.clock().sleep_until(rotation::renew_at(now, not_after, rand::random())) => {}
+            Ok(()) = roots.changed() => {}
+        }
+        match serving_certificate(&ca, &names) {
+            Ok(fresh) => certificate.0.store(Arc::new(fresh)),
+            Err(problem) => {
+                tracing::warn!(%problem, "the CA port keeps its certificate; it is tried again in a minute");
+                tokio::time::sleep(rotation::BACKOFF_MAX).await;
+            }
+        }
+    }
+}
+
+/// The serving certificate with the roots after it: a node that joins knows only the fingerprint of one.
+fn serving_certificate(ca: &Ca, names: &[String]) -> Result<Fresh, CaServerError> {
+    let failed = |problem: String| CaServerError::Certificate(problem);
+    let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).map_err(|e| failed(e.to_string()))?;
+    let (mut chain, not_after) = ca.sign_server(&key, names).map_err(|e| failed(e.to_string()))?;
+    chain.extend(ca.bundle().roots().iter().cloned());
+    let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));
+    let key = provider().key_provider.load_private_key(key).map_err(|e| failed(e.to_string()))?;
+    Ok(Fresh { certified: Arc::new(CertifiedKey::new(chain, key)), not_after })
+}
+
+#[derive(Debug)]
+struct Fresh {
+    certified: Arc<CertifiedKey>,
+    not_after: SystemTime,
+}
+
+#[derive(Debug)]
+struct Serving(ArcSwap<Fresh>);
+
+impl ResolvesServerCert for Serving {
+    fn resolve(&self, _hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        Some(self.0.load().certified.clone())
+    }
+}
+
+/// The service: one type for both methods, called by path.
+#[derive(Clone)]
+struct Rpc(Arc<Signer>);
+
+impl Service<http::Request<Body>> for Rpc {
+    type Response = http::Response<Body>;
+    type Error = Infallible;
+    type Future = BoxFuture<Self::Response, Infallible>;
+
+    fn poll_ready(&mut self, _cx: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        let signer = self.0.clone();
+        Box::pin(async move {
+            // Before the body is read: a stranger gets nothing decoded.
+            let node = match signer.authenticate(request.headers()) {
+                Ok(node) => node,
+                Err(status) => return Ok(status.into_http()),
+            };
+            Ok(match request.uri().path() {
+                rpc::CREATE_CERTIFICATE => {
+                    let method = Method(move |request| signer.create_certificate(&node, request));
+                    limited(ProstCodec::default()).unary(method, request).await
+                }
+                rpc::GET_BUNDLE => {
+                    let method = Method(move |request| signer.get_bundle(&node, request));
+                    limited(ProstCodec::default()).unary(method, request).await
+                }
+                other => Status::unimplemented(format!("the CA has no method `{other}`")).into_http(),
+            })
+        })
+    }
+}
+
+fn limited<C: tonic::codec::Codec>(codec: C) -> Grpc<C> {
+    Grpc::new(codec).max_decoding_message_size(rpc::MAX_REQUEST_BYTES)
+}
+
+/// A function as a gRPC method.
+struct Method<F>(F);
+
+impl<M1, M2, F: FnMut(M1) -> Result<M2, Status>> Service<Request<M1>> for Method<F> {
+    type Response = Response<M2>;
+    type Error = Status;
+    type Future = std::future::Ready<Result<Response<M2>, Status>>;
+
+    fn poll_ready(&mut self, _cx: &mut Context<'_>) -> Poll<Result<(), Status>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<M1>) -> Self::Future {
+        std::future::ready((self.0)(request.into_inner()).map(Response::new))
+    }
+}
+
+struct Signer {
+    ca: Arc<Ca>,
+    tokens: Arc<JoinTokens>,
+    runs_on: RunsOn,
+    poll: Duration,
+    /// By node; bounded by the tokens that were made, since only their holders come so far.
+    limits: Mutex<HashMap<String, Bucket>>,
+}
+
+impl Signer {
+    /// The node that asks.
+    fn authenticate(&self, headers: &http::HeaderMap) -> Result<String, Status> {
+        let value = headers.get(http::header::AUTHORIZATION).and_then(|value| value.to_str().ok());
+        let token = value.and_then(|value| value.strip_prefix("Bearer ")).map(str::trim);
+        let token = token
+            .ok_or_else(|| Status::unauthenticated("no join token was sent; send `authorization: Bearer <token>`"))?;
+        let claims = self.tokens.verify(token, self.ca.clock().now()).map_err(|error| match error {
+            TokenError::File(problem) => {
+                tracing::error!(%problem, "join tokens can't be judged, so all are refused");
+                Status::unavailable("the controller can't judge join tokens at present; see its log")
+            }
+            refused => Status::unauthenticated(refused.to_string()),
+        })?;
+        let now = Instant::now();
+        let mut limits = self.limits.lock().unwrap_or_else(PoisonError::into_inner);
+        if limits.entry(claims.node.clone()).or_insert_with(|| Bucket::full(now)).take(now) {
+            return Ok(claims.node);
+        }
+        let node = &claims.node;
+        Err(Status::resource_exhausted(format!(
+            "node `{node}` asks more than {NODE_PER_SECOND} times a second; ask later"
+        )))
+    }
+
+    fn create_certificate(&self, node: &str, request: CertificateRequest) -> Result<CertificateResponse, Status> {
+        let csr = VerifiedCsr::from_pem(&request.csr).map_err(|e: CsrError| Status::invalid_argument(e.to_string()))?;
+        let identity = asked_identity(&request, &csr)?;
+        if identity.trust_domain() != self.ca.trust_domain() {
+            let (theirs, ours) = (identity.trust_domain(), self.ca.trust_domain());
+            let text = format!("`{identity}` is of trust domain `{theirs}`, and this CA signs for `{ours}`");
+            return Err(Status::permission_denied(text));
+        }
+        if !(self.runs_on)(node, &identity) {
+            tracing::warn!(node, %identity, "a node has asked for an identity that does not run on it");
+            let text = format!(
+                "no pod with `{identity}` runs on node `{node}`; it is signed as soon as the controller sees one"
+            );
+            return Err(Status::permission_denied(text));
+        }
+        let lifetime = u64::try_from(request.validity_duration).ok().filter(|s| *s > 0).map(Duration::from_secs);
+        let chain = self.ca.sign_workload(&csr.key, &identity, lifetime).map_err(|problem: CaError| {
+            tracing::error!(%problem, %identity, "the CA can't sign");
+            Status::unavailable("the CA can't sign at present; see the controller's log")
+        })?;
+        tracing::debug!(node, %identity, "signed");
+        let mut cert_chain: Vec<String> = chain.iter().map(|der| certificate_pem(der)).collect();
+        cert_chain.push(self.ca.bundle().pem());
+        Ok(CertificateResponse { cert_chain })
+    }
+
+    fn get_bundle(&self, node: &str, request: BundleRequest) -> Result<BundleResponse, Status> {
+        self.ca.heard_from(node, &request.trusted).map_err(|problem| {
+            tracing::error!(%problem, node, "what a node trusts can't be noted");
+            Status::unavailable("the CA can't write its state at present; see the controller's log")
+        })?;
+        let poll_seconds = self.poll.as_secs().try_into().unwrap_or(u32::MAX);
+        Ok(BundleResponse { roots_pem: self.ca.bundle().pem(), poll_seconds })
+    }
+}
+
+/// The identity of the metadata or of the request; where both name one, they must agree.
+fn asked_identity(request: &CertificateRequest, csr: &VerifiedCsr) -> Result<SpiffeId, Status> {
+    let value = request.metadata.as_ref().and_then(|metadata| metadata.fields.get(rpc::IMPERSONATED_IDENTITY));
+    let named = match value {
+        None => None,
+        Some(value) => {
+            let text = value.string.as_deref().unwrap_or_default();
+            Some(text.parse::<SpiffeId>().map_err(|e| Status::invalid_argument(format!("ImpersonatedIdentity: {e}")))?)
+        }
+    };
+    match (named, csr.identity.clone()) {
+        (Some(named), Some(inside)) if named != inside => Err(Status::invalid_argument(format!(
+            "the request names `{inside}` and its metadata `{named}`; they must agree"
+        ))),
+        (Some(identity), _) | (None, Some(identity)) => Ok(identity),
+        (None, None) => Err(Status::invalid_argument(
+            "no identity is asked for; name one as a URI in the request or as ImpersonatedIdentity in the metadata",
+        )),
+    }
+}
+
+/// A token bucket.
+struct Bucket {
+    left: f64,
+    at: Instant,
+}
+
+impl Bucket {
+    fn full(now: Instant) -> Self {
+        Self { left: NODE_BURST, at: now }
+    }
+
+    fn take(&mut self, now: Instant) -> bool {
+        let since = now.saturating_duration_since(self.at).as_secs_f64();
+        self.left = (self.left + since * NODE_PER_SECOND).min(NODE_BURST);
+        self.at = now;
+        let enough = self.left >= 1.0;
+        if enough {
+            self.left -= 1.0;
+        }
+        enough
+    }
+}
+
+/// A TLS stream that tonic takes, with its place among the connections.
+struct Connection {
+    stream: TlsStream<TcpStream>,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Connected for Connection {
+    type ConnectInfo = ();
+
+    fn connect_info(&self) {}
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests;

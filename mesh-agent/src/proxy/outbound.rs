@@ -1,0 +1,334 @@
+//! The client's side: a connection that a pod of this node has made, and the kernel has brought to us.
+
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::net::TcpStream;
+
+use super::accept::Accepted;
+use super::connections::{Cut, Judged, Transport};
+use super::error::ConnError;
+use super::policy::{self, Connection};
+use super::transport::pool::{Carrier, Dialer, Lease, Peer};
+use super::transport::session::{Counts, End, Side};
+use super::transport::{HBONE_PORT, connect, copy, hbone, io as sock};
+use super::worker::{LocalPod, Worker};
+use super::{balance, inbound};
+use crate::model::{Endpoint, OutboundPolicy, Service, Snapshot, Target, Workload};
+use crate::telemetry::{Facts, Party, Reporter, Security};
+
+/// In all, for a connection: endpoints that do not answer are left behind until then.
+const CONNECT_BUDGET: Duration = Duration::from_secs(15);
+/// Endpoints that are tried for one connection.
+const MAX_TRIES: usize = 5;
+/// How long a lone destination may refuse port 15008, since its agent may be starting or taking the pod in just now.
+const PATIENCE: Duration = Duration::from_secs(3);
+
+/// A destination that was chosen: an address, and what is known of it.
+struct Destination {
+    address: SocketAddr,
+    workload: Option<Arc<Workload>>,
+    service: Option<Arc<Service>>,
+}
+
+/// A way to the destination that stands.
+enum Path {
+    Session(Lease),
+    Hbone { send: h2::SendStream<bytes::Bytes>, receive: h2::RecvStream, place: hbone::Place },
+    Local { app: TcpStream, server: Arc<LocalPod>, judged: Judged },
+    Plain(TcpStream),
+}
+
+/// Serves one connection, from the original destination to the last byte.
+pub async fn serve(worker: Rc<Worker>, pod: Arc<LocalPod>, accepted: Accepted) {
+    let started = Instant::now();
+    let Accepted { tcp, peer, local } = accepted;
+    let Some(original) = worker.shared.redirect.original_dst(pod.pod.netns.cookie(), local, peer) else {
+        // Someone spoke to our port directly, or the kernel could not keep the destination: never guess.
+        worker.shared.telemetry.original_dst_missing.inc();
+        return sock::reset(tcp);
+    };
+    let snapshot = worker.snapshot();
+    let source = snapshot.workload(&pod.pod.workload.uid).unwrap_or(&pod.pod.workload).clone();
+    let from = Party { address: Some(peer), identity: Some(source.identity.clone()), workload: Some(source) };
+    match reach(&worker, &pod, &snapshot, peer, original).await {
+        Ok((destination, path)) => carry(&worker, &pod, tcp, from, destination, path, started).await,
+        Err((destination, error)) => {
+            sock::reset(tcp);
+            let facts = facts(from, &destination, Security::None);
+            worker.failed(&facts, &error, started);
+        }
+    }
+}
+
+/// Finds a way to what the client asked for; tries other endpoints of a service when one does not answer.
+async fn reach(
+    worker: &Rc<Worker>,
+    pod: &Arc<LocalPod>,
+    snapshot: &Snapshot,
+    client: SocketAddr,
+    original: SocketAddr,
+) -> Result<(Destination, Path), (Destination, ConnError)> {
+    let lone = |workload, service| Destination { address: original, workload, service };
+    let (service, port) = match snapshot.resolve(original) {
+        Target::Service { service, port } => (service, port),
+        Target::Workload { workload, service } => {
+            let destination = lone(Some(workload), service);
+            return attempt(worker, pod, snapshot, client, destination, PATIENCE).await;
+        }
+        Target::Outside if snapshot.settings().outbound == OutboundPolicy::RegistryOnly => {
+            return Err((lone(None, None), ConnError::Outside(original)));
+        }
+        Target::Outside => {
+            return attempt(worker, pod, snapshot, client, lone(None, None), PATIENCE).await;
+        }
+        Target::NoSuchPort { service } => {
+            let error = ConnError::NoSuchPort { service: service.hostname.to_string(), port: original.port() };
+            return Err((lone(None, Some(service)), error));
+        }
+    };
+    let deadline = Instant::now() + CONNECT_BUDGET;
+    let (mut tried, mut last) = (Vec::new(), None);
+    let several = service.ports[port].endpoints.iter().filter(|e| e.ready).count() > 1;
+    while tried.len() < MAX_TRIES && Instant::now() < deadline {
+        let Some(endpoint) = choose(worker, pod, &service, port, original, &tried) else { break };
+        let destination = Destination {
+            address: endpoint.address,
+            workload: endpoint.workload.clone(),
+            service: Some(service.clone()),
+        };
+        tried.push(endpoint.address);
+        // With other endpoints at hand none is waited for.
+        let patience = if several { Duration::ZERO } else { PATIENCE };
+        match attempt(worker, pod, snapshot, client, destination, patience).await {
+            Ok(found) => return Ok(found),
+            Err(failed) if failed.1.is_worth_another_endpoint() => last = Some(failed),
+            Err(failed) => return Err(failed),
+        }
+    }
+    Err(last.unwrap_or_else(|| {
+        let error = ConnError::NoEndpoint(service.hostname.to_string());
+        (lone(None, Some(service)), error)
+    }))
+}
+
+fn choose<'a>(
+    worker: &Worker,
+    pod: &LocalPod,
+    service: &'a Service,
+    port: usize,
+    original: SocketAddr,
+    except: &[SocketAddr],
+) -> Option<&'a Endpoint> {
+    let client = balance::Client { locality: &pod.pod.workload.locality, node: &worker.shared.node };
+    let mut states = worker.balance.borrow_mut();
+    let state = states.entry((original.ip(), original.port())).or_default();
+    balance::choose_like(
+        original.ip(),
+        &service.ports[port],
+        service.algorithm,
+        service.scope,
+        &client,
+        state,
+        |endpoint| worker.load_of(endpoint.address),
+        |below| rand::random_range(0..below.max(1)),
+        except,
+    )
+}
+
+/// Tries one destination.
+async fn attempt(
+    worker: &Rc<Worker>,
+    pod: &Arc<LocalPod>,
+    snapshot: &Snapshot,
+    client: SocketAddr,
+    destination: Destination,
+    patience: Duration,
+) -> Result<(Destination, Path), (Destination, ConnError)> {
+    let path = match &destination.workload {
+        Some(server) => match worker.shared.pod(&server.uid) {
+            Some(local) => same_node(worker, pod, snapshot, local, client, destination.address).await,
+            None if server.transport == crate::model::Transport::Hbone => {
+                tunnel(worker, pod, server, destination.address, patience).await
+            }
+            None => plain(worker, pod, destination.address).await,
+        },
+        None => plain(worker, pod, destination.address).await,
+    };
+    match path {
+        Ok(path) => Ok((destination, path)),
+        Err(error) => Err((destination, error)),
+    }
+}
+
+async fn tunnel(
+    worker: &Worker,
+    pod: &LocalPod,
+    server: &Workload,
+    address: SocketAddr,
+    patience: Duration,
+) -> Result<Path, ConnError> {
+    let peer = Peer { uid: server.uid.clone(), identity: server.identity.clone(), address: address.ip() };
+    let dialer = Dialer {
+        pod: &pod.pod,
+        redirect: &worker.shared.redirect,
+        certificates: &worker.shared.certificates,
+        baggage: &pod.baggage,
+        patience,
+    };
+    Ok(match worker.pool.open(&dialer, &peer, address).await? {
+        Carrier::Session(lease) => Path::Session(lease),
+        Carrier::Hbone { send, receive, place } => Path::Hbone { send, receive, place },
+    })
+}
+
+async fn plain(worker: &Worker, pod: &LocalPod, address: SocketAddr) -> Result<Path, ConnError> {
+    let connected = connect::from_pod(&pod.pod, &worker.shared.redirect, address).await;
+    connected.map(Path::Plain).map_err(|source| ConnError::Connect { address, source })
+}
+
+/// Both pods are ours: the server's policy is judged here, by the identity of the pod that the kernel attests, and the
+/// application is reached in its own netns with no network between.
+async fn same_node(
+    worker: &Worker,
+    pod: &LocalPod,
+    snapshot: &Snapshot,
+    server: Arc<LocalPod>,
+    client: SocketAddr,
+    address: SocketAddr,
+) -> Result<Path, ConnError> {
+    let workload = snapshot.workload(&server.pod.workload.uid).unwrap_or(&server.pod.workload);
+    let identity = Some(&pod.pod.workload.identity);
+    let connection = Connection { identity, source: client, destination: address };
+    let verdict = policy::authorize(workload, &connection);
+    let judged = Judged {
+        workload: workload.uid.clone(),
+        identity: identity.cloned(),
+        source: client,
+        destination: address,
+        audited: verdict.audited,
+    };
+    if let Err(denied) = verdict.result {
+        let error = ConnError::Denied(denied);
+        worker.failed(&inbound::facts(snapshot, &server, &judged, Security::MutualTls), &error, Instant::now());
+        return Err(error);
+    }
+    let app = inbound::application(worker, &server, client.ip(), address).await?;
+    Ok(Path::Local { app, server, judged })
+}
+
+/// Carries the bytes and writes the record.
+async fn carry(
+    worker: &Rc<Worker>,
+    pod: &Arc<LocalPod>,
+    tcp: TcpStream,
+    from: Party,
+    destination: Destination,
+    path: Path,
+    started: Instant,
+) {
+    let (transport, security) = match &path {
+        Path::Session(_) => (Transport::Session, Security::MutualTls),
+        Path::Hbone { .. } => (Transport::Hbone, Security::MutualTls),
+        Path::Local { .. } => (Transport::Local, Security::MutualTls),
+        Path::Plain(_) => (Transport::Plain, Security::None),
+    };
+    let facts = facts(from, &destination, security);
+    let (counts, cut) = (Rc::new(Counts::default()), Rc::new(Cut::default()));
+    let open = worker.opened(facts, transport, None, &cut, &counts, started);
+    let _load = worker.count_load(destination.address);
+    let stop = async {
+        tokio::select! {
+            () = cut.asked() => {}
+            () = pod.gone.cancelled() => {}
+        }
+    };
+    let result = match path {
+        Path::Session(mut lease) => {
+            let end = lease.session().relay(tcp, Side::Client, &counts, stop).await;
+            let result = session_result(end, destination.address, Side::Client);
+            lease.finish();
+            result
+        }
+        Path::Hbone { send, receive, place } => {
+            let end = hbone::relay(tcp, send, receive, Side::Client, &counts, stop).await;
+            drop(place);
+            hbone_result(end, destination.address, Side::Client)
+        }
+        Path::Plain(server) => copy_result(copy::relay(tcp, server, &counts, stop).await),
+        Path::Local { app, server, judged } => {
+            let snapshot = worker.snapshot();
+            if !judged.still_allowed(&snapshot) {
+                cut.ask();
+            }
+            let facts = inbound::facts(&snapshot, &server, &judged, Security::MutualTls);
+            let other = worker.opened(facts, transport, Some(judged), &cut, &counts, started);
+            let stop = async {
+                tokio::select! {
+                    () = stop => {}
+                    () = server.gone.cancelled() => {}
+                }
+            };
+            let result = copy_result(copy::relay(tcp, app, &counts, stop).await);
+            other.end(result.as_ref().map(|()| ()));
+            result
+        }
+    };
+    open.end(result.as_ref().map(|()| ()));
+}
+
+fn facts(from: Party, destination: &Destination, security: Security) -> Facts {
+    let Destination { address, workload, service } = destination;
+    let tunnelled = security == Security::MutualTls;
+    let identity = workload.as_ref().filter(|_| tunnelled).map(|w| w.identity.clone());
+    let outer = if tunnelled { SocketAddr::new(address.ip(), HBONE_PORT) } else { *address };
+    Facts {
+        reporter: Reporter::Source,
+        source: from,
+        destination: Party { address: Some(outer), workload: workload.clone(), identity },
+        hbone_address: tunnelled.then_some(*address),
+        service: service.clone(),
+        security,
+    }
+}
+
+/// What the end of a session's connection means to the record.
+pub fn session_result(end: End, address: SocketAddr, side: Side) -> Result<(), ConnError> {
+    match end {
+        End::Finished => Ok(()),
+        End::Cut => Err(ConnError::PolicyChanged),
+        End::LocalReset(e) => Err(local_reset(e, side)),
+        End::PeerReset => Err(ConnError::PeerReset),
+        End::Broken(e) => Err(ConnError::Tunnel { address, source: e.into() }),
+    }
+}
+
+/// The same for a stream of HBONE.
+pub fn hbone_result(end: hbone::End, address: SocketAddr, side: Side) -> Result<(), ConnError> {
+    match end {
+        hbone::End::Finished => Ok(()),
+        hbone::End::Cut => Err(ConnError::PolicyChanged),
+        hbone::End::LocalReset(e) => Err(local_reset(e, side)),
+        hbone::End::PeerReset => Err(ConnError::PeerReset),
+        hbone::End::Broken(e) => Err(ConnError::Tunnel { address, source: e.into() }),
+    }
+}
+
+fn local_reset(e: std::io::Error, side: Side) -> ConnError {
+    match side {
+        Side::Client => ConnError::ClientReset(e),
+        Side::Server => ConnError::ServerReset(e),
+    }
+}
+
+/// The same for plain copying.
+pub fn copy_result(end: copy::End) -> Result<(), ConnError> {
+    match end {
+        copy::End::Finished => Ok(()),
+        copy::End::Cut => Err(ConnError::PolicyChanged),
+        copy::End::ClientReset(e) => Err(ConnError::ClientReset(e)),
+        copy::End::ServerReset(e) => Err(ConnError::ServerReset(e)),
+    }
+}

@@ -1,0 +1,106 @@
+//! Sockets of the agent inside a pod's network namespace: towards other pods, and towards the pod's own application with
+//! the client's address.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::{AsFd, AsRawFd};
+use std::time::Duration;
+
+use socket2::{Domain, Protocol, SockAddr, Socket, TcpKeepalive, Type};
+use tokio::net::{TcpSocket, TcpStream};
+
+use crate::enrollment::EnrolledPod;
+use crate::redirect::Redirect;
+
+/// Marks the agent's packets to the application when they bear a client's address: the pod's `ip rule` for this mark
+/// brings the answers back. Istio's value. It routes only; no decision trusts it.
+pub const SPOOF_MARK: u32 = 0x111;
+
+/// How long a connection attempt may take, as Istio's default.
+pub const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Connects from `pod` to `destination`, with the pod's own address.
+pub async fn from_pod(pod: &EnrolledPod, redirect: &Redirect, destination: SocketAddr) -> io::Result<TcpStream> {
+    let socket = open(pod, redirect, destination)?;
+    if let Some(own) = pod.workload.address_like(destination.ip()) {
+        bind_without_port(&socket, own)?;
+    }
+    connect(socket, destination).await
+}
+
+/// Connects to the pod's own application, with `client` as the source address so that the application sees the client.
+/// A client that is the pod itself needs no disguise.
+pub async fn to_application(
+    pod: &EnrolledPod,
+    redirect: &Redirect,
+    client: IpAddr,
+    application: SocketAddr,
+) -> io::Result<TcpStream> {
+    let socket = open(pod, redirect, application)?;
+    let client = client.to_canonical();
+    let own = pod.workload.addresses.contains(&client) || client.is_loopback() || client.is_unspecified();
+    if !own && client.is_ipv4() == application.is_ipv4() {
+        socket.set_mark(SPOOF_MARK)?;
+        transparent(&socket, application.is_ipv4())?;
+        bind_without_port(&socket, client)?;
+    }
+    connect(socket, application).await
+}
+
+/// Makes a tunnel's socket notice a peer that is gone: after 180 s of silence, as ztunnel does.
+pub fn keep_alive(tcp: &TcpStream) {
+    let keepalive =
+        TcpKeepalive::new().with_time(Duration::from_secs(180)).with_interval(Duration::from_secs(180)).with_retries(9);
+    // Best effort: a tunnel without it works as well, as long as nothing dies.
+    let _ = socket2::SockRef::from(tcp).set_tcp_keepalive(&keepalive);
+    // Bytes that nobody acknowledges for this long will not be.
+    let _ = socket2::SockRef::from(tcp).set_tcp_user_timeout(Some(Duration::from_secs(60)));
+}
+
+fn open(pod: &EnrolledPod, redirect: &Redirect, destination: SocketAddr) -> io::Result<Socket> {
+    let domain = Domain::for_address(destination);
+    let kind = Type::STREAM.nonblocking().cloexec();
+    let socket = pod.netns.run(|| Socket::new(domain, kind, Some(Protocol::TCP)))??;
+    redirect.tag_own(socket.as_fd())?;
+    socket.set_tcp_nodelay(true)?;
+    Ok(socket)
+}
+
+async fn connect(socket: Socket, destination: SocketAddr) -> io::Result<TcpStream> {
+    let connecting = TcpSocket::from_std_stream(socket.into()).connect(destination);
+    tokio::time::timeout(TIMEOUT, connecting).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+}
+
+/// Binds the address and leaves the port to `connect`, which knows the destination and can use a port again for another.
+fn bind_without_port(socket: &Socket, address: IpAddr) -> io::Result<()> {
+    set(socket, libc::SOL_IP, libc::IP_BIND_ADDRESS_NO_PORT)?;
+    socket.bind(&SockAddr::from(SocketAddr::new(address, 0)))
+}
+
+fn transparent(socket: &Socket, v4: bool) -> io::Result<()> {
+    if v4 {
+        set(socket, libc::SOL_IP, libc::IP_TRANSPARENT)
+    } else {
+        set(socket, libc::SOL_IPV6, libc::IPV6_TRANSPARENT)
+    }
+}
+
+fn set(socket: &Socket, level: libc::c_int, option: libc::c_int) -> io::Result<()> {
+    let on: libc::c_int = 1;
+    // SAFETY: the descriptor is open, and the option's value is an int that outlives the call.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            level,
+            option,
+            (&raw const on).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// The address an in-pod listener is bound to: all of both families, or of IPv4 where the pod has no IPv6.
+pub fn any(v6: bool) -> IpAddr {
+    if v6 { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() }
+}

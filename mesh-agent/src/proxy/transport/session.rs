@@ -1,0 +1,439 @@
+//! A session: one TLS connection between two agents of ours, that carries one connection of the applications at a time.
+//! `frame` has the rules; here the bytes move.
+
+use std::cell::Cell;
+use std::collections::VecDeque;
+use std::io::{self, IoSlice, IoSliceMut};
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use tokio::net::TcpStream;
+
+use super::buffers::{self, Buffer};
+use super::frame::{self, Kind, OPEN_MAX, Refusal};
+use super::handshake::Established;
+use super::io as sock;
+use super::record::{HEADER, MAX_RECORD, OVERHEAD, Opened, Opener, RecordError, Sealer, TAG};
+use crate::model::SpiffeId;
+
+/// A quarter of a buffer holds one whole record of a DATA frame.
+const SLOT: usize = buffers::SIZE / 4;
+/// Application bytes in a slot: less header, kind, content type and tag.
+const SLOT_DATA: usize = SLOT - OVERHEAD - 1;
+const DATA_AT: usize = HEADER + 1;
+
+const _: () = assert!(buffers::SIZE >= 2 * MAX_RECORD, "a buffer must hold a whole record and more");
+
+/// How long the peer may go on with a connection that our side has reset, before the session is thrown away.
+const DISCARD: Duration = Duration::from_secs(5);
+
+pub struct Session {
+    tcp: TcpStream,
+    peer: SpiffeId,
+    sender: Sender,
+    receiver: Receiver,
+    /// A connection ended without the peer's end: the session must not be used again.
+    broken: bool,
+}
+
+struct Sender {
+    sealer: Sealer,
+}
+
+struct Receiver {
+    opener: Opener,
+    /// Records that came with the handshake, opened.
+    early: VecDeque<Vec<u8>>,
+    /// Sealed bytes lie in `buffer[start..end]`; no buffer is held while there are none.
+    buffer: Option<Buffer>,
+    start: usize,
+    end: usize,
+}
+
+/// Counts the bytes of one connection, in both directions, as they pass.
+#[derive(Debug, Default)]
+pub struct Counts {
+    /// Towards the server.
+    pub sent: Cell<u64>,
+    /// Towards the client.
+    pub received: Cell<u64>,
+}
+
+/// Which side of the connection this agent serves: says what counts as sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    Client,
+    Server,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    #[error("the tunnel broke: {0}")]
+    Io(#[from] io::Error),
+    #[error("the other agent closed the tunnel")]
+    Closed,
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    #[error("the other agent sent a frame that has no place here; check that both agents have one version")]
+    Protocol,
+}
+
+/// The server's answer to OPEN.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Answer {
+    Opened,
+    Refused(Refusal),
+}
+
+/// How a connection over a session ended.
+#[derive(Debug)]
+pub enum End {
+    /// Both sides ended in order; the session is free again.
+    Finished,
+    /// The application on this side broke or reset its connection. The peer was told.
+    LocalReset(io::Error),
+    /// The peer's application did.
+    PeerReset,
+    /// We cut it: policy no longer allows it.
+    Cut,
+    /// The session itself is broken.
+    Broken(SessionError),
+}
+
+/// A frame in the receiver's buffer.
+enum Frame {
+    At { kind: Kind, start: usize, end: usize },
+    Early { kind: Kind, payload: Vec<u8> },
+}
+
+impl Session {
+    pub fn new(established: Established) -> Self {
+        let Established { tcp, sealer, opener, peer, tunnel: _, sealed, opened } = established;
+        let mut receiver = Receiver { opener, early: opened, buffer: None, start: 0, end: 0 };
+        if !sealed.is_empty() {
+            let mut buffer = Buffer::take();
+            // A handshake's leftover is at most one read of 4096 bytes.
+            let len = sealed.len().min(buffer.len());
+            buffer[..len].copy_from_slice(&sealed[..len]);
+            receiver.end = len;
+            receiver.buffer = Some(buffer);
+        }
+        Self { tcp, peer, sender: Sender { sealer }, receiver, broken: false }
+    }
+
+    pub fn peer(&self) -> &SpiffeId {
+        &self.peer
+    }
+
+    /// Whether the session can carry another connection after `relay` or a refusal.
+    pub fn is_broken(&self) -> bool {
+        self.broken
+    }
+
+    pub fn tcp(&self) -> &TcpStream {
+        &self.tcp
+    }
+
+    /// Whether an idle session can still be used: nothing has come in, not even its end.
+    pub fn is_quiet(&self) -> bool {
+        let mut byte = [0];
+        !self.broken
+            && self.receiver.is_empty()
+            && matches!(sock::try_read(&self.tcp, &mut [IoSliceMut::new(&mut byte)]), Ok(None))
+    }
+
+    /// Client: asks for a connection to `destination` and waits for the answer. After a refusal the session is free again.
+    pub async fn open(&mut self, destination: SocketAddr) -> Result<Answer, SessionError> {
+        let mut payload = [0; OPEN_MAX];
+        let len = frame::write_open(destination, &mut payload);
+        self.sender.send(&self.tcp, Kind::Open, &payload[..len]).await?;
+        loop {
+            match self.receiver.frame(&self.tcp).await?.ok_or(SessionError::Closed)? {
+                (Kind::Opened, _) => return Ok(Answer::Opened),
+                (Kind::Refused, payload) => {
+                    let code = payload.first().copied().and_then(Refusal::from_byte);
+                    self.sender.send(&self.tcp, Kind::Fin, &[]).await?;
+                    return Ok(Answer::Refused(code.ok_or(SessionError::Protocol)?));
+                }
+                _ => return Err(SessionError::Protocol),
+            }
+        }
+    }
+
+    /// Server: waits for the next connection. `Ok(None)`: the client has closed the session. An OPEN that can't be read
+    /// has been refused already.
+    pub async fn accept(&mut self) -> Result<Option<SocketAddr>, SessionError> {
+        loop {
+            match self.receiver.frame(&self.tcp).await? {
+                None => return Ok(None),
+                Some((Kind::Open, payload)) => match frame::read_open(&payload) {
+                    Some(destination) => return Ok(Some(destination)),
+                    None => self.refuse(Refusal::BadRequest).await?,
+                },
+                // Told to a connection that had ended here already.
+                Some((Kind::Reset, _)) => {}
+                Some(_) => return Err(SessionError::Protocol),
+            }
+        }
+    }
+
+    /// Server: says no, and waits until the client has taken note; the session is free again.
+    pub async fn refuse(&mut self, refusal: Refusal) -> Result<(), SessionError> {
+        self.sender.send(&self.tcp, Kind::Refused, &[refusal.byte()]).await?;
+        self.discard().await
+    }
+
+    /// Server: says that the application has taken the connection.
+    pub async fn opened(&mut self) -> Result<(), SessionError> {
+        self.sender.send(&self.tcp, Kind::Opened, &[]).await
+    }
+
+    /// Carries `app`'s bytes both ways until both sides have ended, or `cut` is done.
+    pub async fn relay(&mut self, app: TcpStream, side: Side, counts: &Counts, cut: impl Future<Output = ()>) -> End {
+        let (up, down) = match side {
+            Side::Client => (&counts.sent, &counts.received),
+            Side::Server => (&counts.received, &counts.sent),
+        };
+        let (we_ended, peer_ended) = (Cell::new(false), Cell::new(false));
+        let Self { tcp, sender, receiver, .. } = self;
+        let both = async {
+            tokio::try_join!(async { upload(&app, tcp, sender, up).await.map(|()| we_ended.set(true)) }, async {
+                download(tcp, receiver, &app, down).await.map(|()| peer_ended.set(true))
+            },)
+        };
+        let end = tokio::select! {
+            // First, so that the cause on record is the true one.
+            biased;
+            () = cut => End::Cut,
+            done = both => match done {
+                Ok(_) => return End::Finished,
+                Err(end) => end,
+            },
+        };
+        sock::reset(app);
+        let told = match &end {
+            // The peer no longer listens for frames of this connection: only the end of the session reaches it.
+            End::LocalReset(_) | End::Cut if we_ended.get() => Err(SessionError::Closed),
+            End::LocalReset(_) | End::Cut if peer_ended.get() => self.sender.send(&self.tcp, Kind::Reset, &[]).await,
+            End::LocalReset(_) | End::Cut => self.reset().await,
+            End::PeerReset if we_ended.get() => Ok(()),
+            End::PeerReset => self.sender.send(&self.tcp, Kind::Reset, &[]).await,
+            End::Finished | End::Broken(_) => Ok(()),
+        };
+        match told {
+            Ok(()) => end,
+            Err(_) if matches!(end, End::LocalReset(_) | End::Cut | End::PeerReset) => {
+                self.broken = true;
+                end
+            }
+            Err(e) => End::Broken(e),
+        }
+    }
+
+    /// Breaks off the connection that the session carries; the session is free again when the peer has ended too.
+    async fn reset(&mut self) -> Result<(), SessionError> {
+        self.sender.send(&self.tcp, Kind::Reset, &[]).await?;
+        self.discard().await
+    }
+
+    /// Tells the peer that no more comes; for an idle session.
+    pub fn close(mut self) {
+        if let Ok(record) = self.sender.sealer.close_notify() {
+            let _ = sock::try_write(&self.tcp, &[IoSlice::new(&record)]);
+        }
+    }
+
+    /// Drops what still comes for a connection that our side has ended, up to the peer's own end.
+    async fn discard(&mut self) -> Result<(), SessionError> {
+        let rest = async {
+            loop {
+                match self.receiver.frame(&self.tcp).await?.ok_or(SessionError::Closed)? {
+                    (Kind::Fin | Kind::Reset, _) => return Ok(()),
+                    (Kind::Data, _) => {}
+                    _ => return Err(SessionError::Protocol),
+                }
+            }
+        };
+        tokio::time::timeout(DISCARD, rest).await.unwrap_or(Err(SessionError::Closed))
+    }
+}
+
+impl Sender {
+    /// Sends a small frame.
+    async fn send(&mut self, tcp: &TcpStream, kind: Kind, payload: &[u8]) -> Result<(), SessionError> {
+        const MOST: usize = OVERHEAD + 1 + OPEN_MAX;
+        let mut record = [0; MOST];
+        record[HEADER] = kind.byte();
+        record[DATA_AT..DATA_AT + payload.len()].copy_from_slice(payload);
+        let record = &mut record[..OVERHEAD + 1 + payload.len()];
+        self.rekey(tcp).await?;
+        self.sealer.seal(record)?;
+        Ok(sock::write_all(tcp, record).await?)
+    }
+
+    async fn rekey(&mut self, tcp: &TcpStream) -> Result<(), SessionError> {
+        if self.sealer.wants_key_update() {
+            let record = self.sealer.key_update()?;
+            sock::write_all(tcp, &record).await?;
+        }
+        Ok(())
+    }
+}
+
+/// Application to tunnel.
+async fn upload(app: &TcpStream, tcp: &TcpStream, sender: &mut Sender, count: &Cell<u64>) -> Result<(), End> {
+    loop {
+        sock::readable(app).await.map_err(End::LocalReset)?;
+        let mut buffer = Buffer::take();
+        let read = {
+            let mut slots =
+                buffer.chunks_exact_mut(SLOT).map(|s| IoSliceMut::new(&mut s[DATA_AT..DATA_AT + SLOT_DATA]));
+            let mut slots = [(); 4].map(|()| slots.next().expect("a buffer has four slots"));
+            sock::try_read(app, &mut slots).map_err(End::LocalReset)?
+        };
+        let bytes = match read {
+            None => continue,
+            Some(0) => return sender.send(tcp, Kind::Fin, &[]).await.map_err(End::Broken),
+            Some(n) => n,
+        };
+        sender.rekey(tcp).await.map_err(End::Broken)?;
+        let (mut rest, mut sealed) = (bytes, 0);
+        while rest > 0 {
+            let data = rest.min(SLOT_DATA);
+            let record = &mut buffer[sealed..sealed + DATA_AT + data + 1 + TAG];
+            record[HEADER] = Kind::Data.byte();
+            sender.sealer.seal(record).map_err(|e| End::Broken(e.into()))?;
+            // All slots but the last are full, so that the records lie end to end.
+            sealed += record.len();
+            rest -= data;
+        }
+        sock::write_all(tcp, &buffer[..sealed]).await.map_err(|e| End::Broken(e.into()))?;
+        count.set(count.get() + bytes as u64);
+    }
+}
+
+/// Tunnel to application.
+async fn download(tcp: &TcpStream, receiver: &mut Receiver, app: &TcpStream, count: &Cell<u64>) -> Result<(), End> {
+    /// DATA frames that go to the application in one call.
+    const BATCH: usize = 8;
+    loop {
+        let mut batch = [(0, 0); BATCH];
+        let (mut frames, mut last) = (0, None);
+        while frames < BATCH {
+            match receiver.next().map_err(End::Broken)? {
+                None => break,
+                Some(Frame::At { kind: Kind::Data, start, end }) => {
+                    batch[frames] = (start, end);
+                    frames += 1;
+                }
+                Some(Frame::At { kind, .. }) => {
+                    last = Some(kind);
+                    break;
+                }
+                Some(Frame::Early { kind: Kind::Data, payload }) => {
+                    sock::write_all(app, &payload).await.map_err(End::LocalReset)?;
+                    count.set(count.get() + payload.len() as u64);
+                }
+                Some(Frame::Early { kind, .. }) => {
+                    last = Some(kind);
+                    break;
+                }
+            }
+        }
+        if frames > 0 {
+            let buffer = receiver.buffer.as_deref().expect("frames lie in the buffer");
+            let mut parts = batch.map(|(start, end)| IoSlice::new(&buffer[start..end]));
+            sock::write_all_vectored(app, &mut parts[..frames]).await.map_err(End::LocalReset)?;
+            count.set(count.get() + batch.iter().map(|(start, end)| (end - start) as u64).sum::<u64>());
+        }
+        match last {
+            Some(Kind::Fin) => return sock::finish(app).map_err(End::LocalReset),
+            Some(Kind::Reset) => return Err(End::PeerReset),
+            Some(_) => return Err(End::Broken(SessionError::Protocol)),
+            None if frames == BATCH => {}
+            None => {
+                if !receiver.fill(tcp).await.map_err(End::Broken)? {
+                    return Err(End::Broken(SessionError::Closed));
+                }
+            }
+        }
+    }
+}
+
+impl Receiver {
+    fn is_empty(&self) -> bool {
+        self.early.is_empty() && self.start == self.end
+    }
+
+    /// The next frame, waiting for it; `None` when the peer has closed the session between two connections.
+    async fn frame(&mut self, tcp: &TcpStream) -> Result<Option<(Kind, Vec<u8>)>, SessionError> {
+        loop {
+            match self.next()? {
+                Some(Frame::Early { kind, payload }) => return Ok(Some((kind, payload))),
+                Some(Frame::At { kind, start, end }) => {
+                    let buffer = self.buffer.as_deref().expect("the frame lies in the buffer");
+                    // DATA is only dropped by those who wait for frames here.
+                    let payload = if kind == Kind::Data { Vec::new() } else { buffer[start..end].to_vec() };
+                    return Ok(Some((kind, payload)));
+                }
+                None => match self.fill(tcp).await {
+                    Ok(true) => {}
+                    Ok(false) => return Ok(None),
+                    Err(e) => return Err(e),
+                },
+            }
+        }
+    }
+
+    /// The next whole frame that is in the buffer.
+    fn next(&mut self) -> Result<Option<Frame>, SessionError> {
+        if let Some(mut record) = self.early.pop_front() {
+            let kind = record.first().copied().and_then(Kind::from_byte).ok_or(SessionError::Protocol)?;
+            record.remove(0);
+            return Ok(Some(Frame::Early { kind, payload: record }));
+        }
+        while let Some(buffer) = self.buffer.as_deref_mut() {
+            let sealed = &mut buffer[self.start..self.end];
+            let Some(len) = Opener::record_len(sealed)?.filter(|len| *len <= sealed.len()) else { break };
+            let opened = self.opener.open(&mut sealed[..len])?;
+            let at = self.start + HEADER;
+            self.start += len;
+            match opened {
+                Opened::Control => {}
+                Opened::Closed => return Err(SessionError::Closed),
+                Opened::Data(0) => return Err(SessionError::Protocol),
+                Opened::Data(n) => {
+                    let kind = Kind::from_byte(buffer[at]).ok_or(SessionError::Protocol)?;
+                    return Ok(Some(Frame::At { kind, start: at + 1, end: at + n }));
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// Reads more, once all whole frames are taken. `false`: the peer has closed. Holds no buffer while it waits for the
+    /// first byte of a record.
+    async fn fill(&mut self, tcp: &TcpStream) -> Result<bool, SessionError> {
+        if self.start == self.end {
+            self.buffer = None;
+            (self.start, self.end) = (0, 0);
+        }
+        loop {
+            sock::readable(tcp).await?;
+            let buffer = self.buffer.get_or_insert_with(Buffer::take);
+            if self.start > 0 {
+                buffer.copy_within(self.start..self.end, 0);
+                (self.start, self.end) = (0, self.end - self.start);
+            }
+            match sock::try_read(tcp, &mut [IoSliceMut::new(&mut buffer[self.end..])])? {
+                Some(0) => return Ok(false),
+                Some(n) => {
+                    self.end += n;
+                    return Ok(true);
+                }
+                None if self.end == 0 => self.buffer = None,
+                None => {}
+            }
+        }
+    }
+}

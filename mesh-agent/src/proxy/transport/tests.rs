@@ -1,0 +1,387 @@
+//! Both tunnels over real sockets and real TLS, in one thread: what an application's bytes and ends become.
+
+use std::cell::Cell;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::LocalSet;
+
+use super::frame::Refusal;
+use super::handshake::{self, Established, HandshakeError, Tunnel};
+use super::hbone;
+use super::session::{Answer, Counts, End, Session, Side};
+use crate::identity::{Ca, CaOptions, CertificateOptions, Certificates, Clock};
+use crate::model::{SpiffeId, TrustDomain};
+
+const TARGET: &str = "10.1.2.3:80";
+
+struct Pki {
+    _dir: tempfile::TempDir,
+    certificates: Certificates,
+}
+
+impl Pki {
+    async fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let trust_domain = TrustDomain::new("cluster.local").unwrap();
+        let ca = Ca::open(CaOptions::new(dir.path(), trust_domain.clone())).unwrap();
+        let options = CertificateOptions {
+            trust_domains: vec![trust_domain],
+            lifetime: Duration::from_secs(3600),
+            clock: Clock::system(),
+        };
+        let certificates = Certificates::embedded(ca, options);
+        certificates.ensure(&id("a")).await.unwrap();
+        certificates.ensure(&id("b")).await.unwrap();
+        Self { _dir: dir, certificates }
+    }
+
+    /// A tunnel from `a` to `b`.
+    async fn tunnel(&self, kind: Tunnel) -> (Established, Established) {
+        let (near, far) = pair().await;
+        let (a, b) = (self.certificates.get(&id("a")).unwrap(), self.certificates.get(&id("b")).unwrap());
+        let config = match kind {
+            Tunnel::Session => a.client.clone(),
+            Tunnel::Hbone => a.client_h2.clone(),
+        };
+        let (near, far) =
+            tokio::try_join!(handshake::client(near, config), handshake::server(far, b.server.clone())).unwrap();
+        assert_eq!((near.tunnel, far.tunnel), (kind, kind));
+        assert_eq!((&near.peer, &far.peer), (&id("b"), &id("a")));
+        (near, far)
+    }
+}
+
+fn id(account: &str) -> SpiffeId {
+    format!("spiffe://cluster.local/ns/test/sa/{account}").parse().unwrap()
+}
+
+/// Two connected sockets.
+async fn pair() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (near, far) = tokio::join!(TcpStream::connect(listener.local_addr().unwrap()), listener.accept());
+    (near.unwrap(), far.unwrap().0)
+}
+
+/// Runs a test on one thread, as a worker is, and fails it after ten seconds.
+fn on_worker<F: Future<Output = ()>>(test: F) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let tasks = LocalSet::new();
+    tasks.block_on(&runtime, async {
+        tokio::time::timeout(Duration::from_secs(30), test).await.expect("the test hangs");
+    });
+}
+
+async fn forever() {
+    std::future::pending().await
+}
+
+/// The server's end of a session: takes each connection to an application of its own and hands that out.
+fn serve(mut session: Session, apps: tokio::sync::mpsc::UnboundedSender<TcpStream>, ends: Rc<Cell<usize>>) {
+    tokio::task::spawn_local(async move {
+        while let Ok(Some(destination)) = session.accept().await {
+            if destination.port() == 1 {
+                session.refuse(Refusal::Denied).await.unwrap();
+                continue;
+            }
+            let (agent, app) = pair().await;
+            apps.send(app).unwrap();
+            session.opened().await.unwrap();
+            session.relay(agent, Side::Server, &Counts::default(), forever()).await;
+            ends.set(ends.get() + 1);
+            if session.is_broken() {
+                return;
+            }
+        }
+    });
+}
+
+fn target(text: &str) -> SocketAddr {
+    text.parse().unwrap()
+}
+
+#[test]
+fn a_session_carries_one_connection_after_the_other() {
+    on_worker(async {
+        let (near, far) = Pki::new().await.tunnel(Tunnel::Session).await;
+        let (apps, mut served) = tokio::sync::mpsc::unbounded_channel();
+        serve(Session::new(far), apps, Rc::default());
+        let mut session = Session::new(near);
+        for round in 0u8..5 {
+            assert_eq!(session.open(target(TARGET)).await.unwrap(), Answer::Opened);
+            let (mut client, agent) = pair().await;
+            let mut server = served.recv().await.unwrap();
+            let counts = Counts::default();
+            let talk = async {
+                // Larger than all buffers on the way, both ways at once.
+                let bytes = vec![round; 3_000_000];
+                let (mut read, mut write) = client.split();
+                let (mut read_far, mut write_far) = server.split();
+                let mut there = Vec::new();
+                let mut back = Vec::new();
+                tokio::join!(
+                    async {
+                        write.write_all(&bytes).await.unwrap();
+                        write.shutdown().await.unwrap();
+                    },
+                    async {
+                        read_far.read_to_end(&mut there).await.unwrap();
+                        // After the client's end, as a half-closed connection allows.
+                        write_far.write_all(&bytes[..100_000]).await.unwrap();
+                        write_far.shutdown().await.unwrap();
+                    },
+                    async {
+                        read.read_to_end(&mut back).await.unwrap();
+                    },
+                );
+                assert!(there == bytes, "the client's bytes came changed");
+                assert!(back == bytes[..100_000], "the server's bytes came changed");
+            };
+            let (end, ()) = tokio::join!(session.relay(agent, Side::Client, &counts, forever()), talk);
+            assert!(matches!(end, End::Finished), "{end:?}");
+            assert_eq!((counts.sent.get(), counts.received.get()), (3_000_000, 100_000));
+            assert!(!session.is_broken());
+        }
+        assert!(session.is_quiet());
+    });
+}
+
+#[test]
+fn a_refusal_leaves_the_session_free() {
+    on_worker(async {
+        let (near, far) = Pki::new().await.tunnel(Tunnel::Session).await;
+        let (apps, mut served) = tokio::sync::mpsc::unbounded_channel();
+        serve(Session::new(far), apps, Rc::default());
+        let mut session = Session::new(near);
+        assert_eq!(session.open(target("10.1.2.3:1")).await.unwrap(), Answer::Refused(Refusal::Denied));
+        assert_eq!(session.open(target(TARGET)).await.unwrap(), Answer::Opened);
+        served.recv().await.unwrap();
+    });
+}
+
+#[test]
+fn a_reset_comes_through_and_the_session_lives() {
+    for from_client in [true, false] {
+        on_worker(async {
+            let (near, far) = Pki::new().await.tunnel(Tunnel::Session).await;
+            let (apps, mut served) = tokio::sync::mpsc::unbounded_channel();
+            let ends = Rc::new(Cell::new(0));
+            serve(Session::new(far), apps, ends.clone());
+            let mut session = Session::new(near);
+            session.open(target(TARGET)).await.unwrap();
+            let (client, agent) = pair().await;
+            let server = served.recv().await.unwrap();
+            let (breaks, mut sees) = if from_client { (client, server) } else { (server, client) };
+            let counts = Counts::default();
+            let (end, ()) = tokio::join!(session.relay(agent, Side::Client, &counts, forever()), async {
+                super::io::reset(breaks);
+                let error = sees.read(&mut [0; 10]).await.unwrap_err();
+                assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+            });
+            match from_client {
+                true => assert!(matches!(end, End::LocalReset(_)), "{end:?}"),
+                false => assert!(matches!(end, End::PeerReset), "{end:?}"),
+            }
+            assert!(!session.is_broken());
+            assert_eq!(session.open(target(TARGET)).await.unwrap(), Answer::Opened);
+            served.recv().await.unwrap();
+        });
+    }
+}
+
+#[test]
+fn a_cut_resets_both_ends() {
+    on_worker(async {
+        let (near, far) = Pki::new().await.tunnel(Tunnel::Session).await;
+        let (apps, mut served) = tokio::sync::mpsc::unbounded_channel();
+        serve(Session::new(far), apps, Rc::default());
+        let mut session = Session::new(near);
+        session.open(target(TARGET)).await.unwrap();
+        let (mut client, agent) = pair().await;
+        let mut server = served.recv().await.unwrap();
+        let (cut, asked) = tokio::sync::oneshot::channel::<()>();
+        let counts = Counts::default();
+        let stop = async { drop(asked.await) };
+        let (end, ()) = tokio::join!(session.relay(agent, Side::Client, &counts, stop), async {
+            client.write_all(b"hello").await.unwrap();
+            server.read_exact(&mut [0; 5]).await.unwrap();
+            cut.send(()).unwrap();
+            for side in [&mut client, &mut server] {
+                let error = side.read(&mut [0; 10]).await.unwrap_err();
+                assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+            }
+        });
+        assert!(matches!(end, End::Cut), "{end:?}");
+        assert!(!session.is_broken());
+    });
+}
+
+#[test]
+fn a_session_that_the_peer_closed_is_not_quiet() {
+    on_worker(async {
+        let (near, far) = Pki::new().await.tunnel(Tunnel::Session).await;
+        let session = Session::new(near);
+        assert!(session.is_quiet());
+        Session::new(far).close();
+        super::io::readable(session.tcp()).await.unwrap();
+        assert!(!session.is_quiet());
+    });
+}
+
+#[test]
+fn hbone_carries_many_connections_at_once() {
+    on_worker(async {
+        let (near, far) = Pki::new().await.tunnel(Tunnel::Hbone).await;
+        // The server echoes, through a socket pair as an application would.
+        tokio::task::spawn_local(hbone::serve(
+            far,
+            |incoming| async move {
+                if incoming.destination.port() == 1 {
+                    return incoming.refuse(Refusal::Unreachable);
+                }
+                let (agent, mut app) = pair().await;
+                tokio::task::spawn_local(async move {
+                    let (mut read, mut write) = app.split();
+                    tokio::io::copy(&mut read, &mut write).await.unwrap();
+                    write.shutdown().await.unwrap();
+                });
+                let (send, receive) = incoming.accept().unwrap();
+                hbone::relay(agent, send, receive, Side::Server, &Counts::default(), forever()).await;
+            },
+            forever(),
+        ));
+        let connection = hbone::Connection::start(near).await.unwrap();
+        let baggage = http::HeaderValue::from_static("k8s.namespace.name=test");
+        let refused = hbone::open(&connection, target("10.1.2.3:1"), &baggage).await.unwrap();
+        assert!(matches!(refused, Err(Refusal::Unreachable)));
+        let mut tasks = tokio::task::JoinSet::new();
+        for n in 0u8..20 {
+            let (connection, baggage) = (connection.clone(), baggage.clone());
+            tasks.spawn_local(async move {
+                let _place = connection.place().unwrap();
+                let (send, receive) = hbone::open(&connection, target(TARGET), &baggage).await.unwrap().unwrap();
+                let (mut client, agent) = pair().await;
+                let counts = Counts::default();
+                let (end, ()) =
+                    tokio::join!(hbone::relay(agent, send, receive, Side::Client, &counts, forever()), async {
+                        let bytes = vec![n; 1_000_000];
+                        let (mut read, mut write) = client.split();
+                        let mut back = Vec::new();
+                        let (_, read) = tokio::join!(
+                            async {
+                                write.write_all(&bytes).await.unwrap();
+                                write.shutdown().await.unwrap();
+                            },
+                            read.read_to_end(&mut back)
+                        );
+                        read.unwrap();
+                        assert!(back == bytes);
+                    });
+                assert!(matches!(end, hbone::End::Finished), "{end:?}");
+            });
+        }
+        tasks.join_all().await;
+        assert!(connection.is_idle());
+    });
+}
+
+#[test]
+fn a_stream_whose_reader_stands_still_does_not_stop_the_others() {
+    on_worker(async {
+        let (near, far) = Pki::new().await.tunnel(Tunnel::Hbone).await;
+        let (apps, mut served) = tokio::sync::mpsc::unbounded_channel();
+        tokio::task::spawn_local(hbone::serve(
+            far,
+            move |incoming| {
+                let apps = apps.clone();
+                async move {
+                    let (agent, app) = pair().await;
+                    apps.send(app).unwrap();
+                    let (send, receive) = incoming.accept().unwrap();
+                    hbone::relay(agent, send, receive, Side::Server, &Counts::default(), forever()).await;
+                }
+            },
+            forever(),
+        ));
+        let connection = hbone::Connection::start(near).await.unwrap();
+        let baggage = http::HeaderValue::from_static("");
+        let mut clients = Vec::new();
+        let mut stuck = Vec::new();
+        // As many as may share the connection, all but the last with a server that reads nothing.
+        for n in 0..hbone::MAX_STREAMS {
+            let _place = connection.place().unwrap();
+            let (send, receive) = hbone::open(&connection, target(TARGET), &baggage).await.unwrap().unwrap();
+            let (client, agent) = pair().await;
+            tokio::task::spawn_local(async move {
+                let _place = _place;
+                hbone::relay(agent, send, receive, Side::Client, &Counts::default(), forever()).await;
+            });
+            let server = served.recv().await.unwrap();
+            if n + 1 < hbone::MAX_STREAMS {
+                stuck.push(server);
+                // Fills every buffer on the way: until the socket takes no more for a while.
+                let bytes = vec![0; 65536];
+                loop {
+                    match tokio::time::timeout(Duration::from_millis(50), client.writable()).await {
+                        Ok(_) => drop(client.try_write(&bytes)),
+                        Err(_) => break,
+                    }
+                }
+                clients.push(client);
+            } else {
+                let (mut client, mut server) = (client, server);
+                client.write_all(b"small").await.unwrap();
+                let mut small = [0; 5];
+                server.read_exact(&mut small).await.unwrap();
+                assert_eq!(&small, b"small");
+            }
+        }
+    });
+}
+
+#[test]
+fn keys_are_changed_when_the_peer_asks_and_when_they_are_worn() {
+    on_worker(async {
+        let (near, far) = Pki::new().await.tunnel(Tunnel::Session).await;
+        let (mut sealer, mut opener) = (near.sealer, far.opener);
+        for round in 0..3 {
+            let update = sealer.key_update().unwrap();
+            let mut record = update.to_vec();
+            assert_eq!(super::record::Opener::record_len(&record).unwrap(), Some(record.len()));
+            assert_eq!(opener.open(&mut record).unwrap(), super::record::Opened::Control);
+            let mut record = vec![0; super::record::OVERHEAD + 5];
+            record[5..10].copy_from_slice(b"hello");
+            sealer.seal(&mut record).unwrap();
+            assert_eq!(opener.open(&mut record).unwrap(), super::record::Opened::Data(5), "round {round}");
+            assert_eq!(&record[5..10], b"hello");
+        }
+    });
+}
+
+#[test]
+fn a_changed_byte_is_found() {
+    on_worker(async {
+        let (near, far) = Pki::new().await.tunnel(Tunnel::Session).await;
+        let (mut sealer, mut opener) = (near.sealer, far.opener);
+        let mut record = vec![7; super::record::OVERHEAD + 100];
+        sealer.seal(&mut record).unwrap();
+        record[50] ^= 1;
+        assert!(matches!(opener.open(&mut record), Err(super::record::RecordError::Forged)));
+    });
+}
+
+#[test]
+fn a_stranger_gets_no_tunnel() {
+    on_worker(async {
+        let (ours, theirs) = (Pki::new().await, Pki::new().await);
+        let (near, far) = pair().await;
+        let client = theirs.certificates.get(&id("a")).unwrap().client.clone();
+        let server = ours.certificates.get(&id("b")).unwrap().server.clone();
+        let (near, far) = tokio::join!(handshake::client(near, client), handshake::server(far, server));
+        assert!(matches!(near, Err(HandshakeError::Tls(_))), "{:?}", near.err());
+        assert!(matches!(far, Err(HandshakeError::Tls(_) | HandshakeError::Closed)), "{:?}", far.err());
+    });
+}

@@ -1,0 +1,142 @@
+//! What the machine must have: capabilities, a cgroup2 hierarchy, a bpffs. In: paths from the options. Out: open folders,
+//! or one sentence.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use super::RedirectError;
+
+const CGROUP2_MAGIC: i64 = 0x6367_7270;
+const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
+
+/// A cgroup2 folder.
+#[derive(Debug)]
+pub struct Cgroup {
+    pub path: PathBuf,
+    pub file: File,
+    /// As the kernel's helpers tell it: the folder's inode.
+    pub id: u64,
+}
+
+impl Cgroup {
+    pub fn open(path: &Path) -> Result<Self, RedirectError> {
+        let failed = |source| RedirectError::Cgroup { path: path.to_owned(), source };
+        let file = File::open(path).map_err(failed)?;
+        if magic(&file).map_err(failed)? != CGROUP2_MAGIC {
+            return Err(RedirectError::NotCgroup2 { path: path.to_owned() });
+        }
+        let id = file.metadata().map_err(failed)?.ino();
+        Ok(Self { path: path.to_owned(), file, id })
+    }
+
+    /// The settings' cgroup, or the root of the hierarchy.
+    pub fn for_programs(wanted: Option<&Path>) -> Result<Self, RedirectError> {
+        let found = match wanted {
+            Some(path) => path.to_owned(),
+            None => {
+                let mounts = fs::read_to_string("/proc/mounts")
+                    .map_err(|source| RedirectError::Cgroup { path: "/proc/mounts".into(), source })?;
+                cgroup2_mount(&mounts).ok_or(RedirectError::NoCgroup2)?
+            }
+        };
+        Self::open(&found)
+    }
+}
+
+/// The first cgroup2 mount in the text of /proc/mounts. Hybrid machines have it at /sys/fs/cgroup/unified.
+fn cgroup2_mount(mounts: &str) -> Option<PathBuf> {
+    let mut lines = mounts.lines().map(|line| line.split(' '));
+    lines.find_map(|mut words| {
+        let (_, path, kind) = (words.next()?, words.next()?, words.next()?);
+        (kind == "cgroup2").then(|| PathBuf::from(path.replace("\\040", " ")))
+    })
+}
+
+/// Mounts a bpffs where there is none.
+pub fn ensure_bpffs(path: &Path) -> Result<(), RedirectError> {
+    let failed = |source| RedirectError::Bpffs { path: path.to_owned(), source };
+    fs::create_dir_all(path).map_err(failed)?;
+    if is_bpffs(path) {
+        return Ok(());
+    }
+    let flags = rustix::mount::MountFlags::empty();
+    rustix::mount::mount("bpf", path, "bpf", flags, None).map_err(|error| failed(error.into()))
+}
+
+pub fn is_bpffs(path: &Path) -> bool {
+    File::open(path).and_then(|file| magic(&file)).is_ok_and(|found| found == BPF_FS_MAGIC)
+}
+
+#[allow(clippy::unnecessary_cast, reason = "the field's type differs between architectures")]
+fn magic(file: &File) -> io::Result<i64> {
+    Ok(rustix::fs::fstatfs(file)?.f_type as i64 & 0xffff_ffff)
+}
+
+/// Linux's numbers.
+const CAP_NET_ADMIN: (u32, &str) = (12, "CAP_NET_ADMIN");
+const CAP_SYS_ADMIN: u32 = 21;
+const CAP_PERFMON: (u32, &str) = (38, "CAP_PERFMON");
+const CAP_BPF: (u32, &str) = (39, "CAP_BPF");
+
+/// Says which capability is missing, rather than to let some system call fail with EPERM later.
+pub fn check_capabilities() -> Result<(), RedirectError> {
+    let status = fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
+    // Not readable: let the kernel decide.
+    let Some(effective) = effective_capabilities(&status) else { return Ok(()) };
+    match missing_capability(effective) {
+        Some(missing) => Err(RedirectError::Capability { missing }),
+        None => Ok(()),
+    }
+}
+
+fn effective_capabilities(status: &str) -> Option<u64> {
+    let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"))?;
+    u64::from_str_radix(line.trim(), 16).ok()
+}
+
+fn missing_capability(effective: u64) -> Option<&'static str> {
+    let has = |number: u32| effective & (1 << number) != 0;
+    if !has(CAP_NET_ADMIN.0) {
+        return Some(CAP_NET_ADMIN.1);
+    }
+    // SYS_ADMIN holds both of the others.
+    let wanted = [CAP_BPF, CAP_PERFMON];
+    wanted.into_iter().find(|(number, _)| !has(*number) && !has(CAP_SYS_ADMIN)).map(|(_, name)| name)
+}
+
+/// The kernel's release, for messages.
+pub fn kernel_release() -> String {
+    rustix::system::uname().release().to_string_lossy().into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn finds_the_cgroup2_mount() {
+        let hybrid = "cgroup /sys/fs/cgroup/cpu cgroup rw 0 0\ncgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0\n";
+        assert_eq!(cgroup2_mount(hybrid), Some("/sys/fs/cgroup/unified".into()));
+        assert_eq!(cgroup2_mount("none /a\\040b cgroup2 rw 0 0"), Some("/a b".into()));
+        assert_eq!(cgroup2_mount("tmpfs /tmp tmpfs rw 0 0\nshort"), None);
+    }
+
+    #[test]
+    fn names_the_capability_that_is_missing() {
+        assert_eq!(missing_capability(u64::MAX), None);
+        assert_eq!(missing_capability(!(1 << 12)), Some("CAP_NET_ADMIN"));
+        assert_eq!(missing_capability(!(1 << 39 | 1 << 21)), Some("CAP_BPF"));
+        assert_eq!(missing_capability(!(1 << 38 | 1 << 21)), Some("CAP_PERFMON"));
+        assert_eq!(missing_capability(1 << 12 | 1 << 21), None);
+    }
+
+    #[test]
+    fn a_folder_that_is_no_cgroup_is_named() {
+        let error = Cgroup::open(Path::new("/proc")).unwrap_err();
+        assert!(matches!(error, RedirectError::NotCgroup2 { .. }), "{error}");
+        let error = Cgroup::open(Path::new("/proc/nowhere")).unwrap_err();
+        assert!(error.to_string().contains("/proc/nowhere"), "{error}");
+    }
+}

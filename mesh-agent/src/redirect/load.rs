@@ -1,0 +1,107 @@
+//! The embedded object: prepare its maps and globals, load its programs. In: options and the machine. Out: an
+//! [`Object`] whose maps are the pinned ones, whoever made them.
+
+use std::borrow::Cow;
+use std::error::Error;
+
+use aya::programs::ProgramError;
+use aya::{Ebpf, EbpfLoader};
+use mesh_common::{global, map};
+
+use super::host;
+use super::pins::Pins;
+use super::{Options, RedirectError};
+
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/mesh-ebpf.o"));
+
+/// aya-log's level for "everything".
+const LOG_ALL: u8 = 5;
+
+/// Values of the read-only globals: part of what makes one loaded program another than the next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Globals {
+    pub node_netns: u64,
+    /// 0: none.
+    pub probe_cgroup: u64,
+    pub kernel_log: bool,
+}
+
+/// Names the combination of object, globals and the cgroup it is attached to. Not for security: FNV-1a.
+pub fn fingerprint(globals: &Globals, cgroup: u64) -> u64 {
+    let values = [globals.node_netns, globals.probe_cgroup, u64::from(globals.kernel_log), cgroup];
+    let bytes = values.iter().flat_map(|value| value.to_le_bytes());
+    OBJECT
+        .iter()
+        .copied()
+        .chain(bytes)
+        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3))
+}
+
+/// Parses the object with one pod's index, on the pinned maps; makes and pins those that are not there. No program is
+/// in the kernel yet.
+pub fn prepare(options: &Options, pins: &Pins, globals: &Globals, pod_index: u32) -> Result<Ebpf, RedirectError> {
+    let level = if globals.kernel_log { LOG_ALL } else { 0 };
+    let mut loader = EbpfLoader::new();
+    loader
+        .override_global(global::POD_INDEX, &pod_index, true)
+        .override_global(global::NODE_NETNS, &globals.node_netns, true)
+        .override_global(global::PROBE_CGROUP, &globals.probe_cgroup, true)
+        .override_global(global::LOG_LEVEL, &level, true)
+        .map_max_entries(map::ORIG_DST, options.original_dst_entries);
+    for name in map::ALL {
+        loader.map_pin_path(name, Cow::Owned(pins.map(name)));
+    }
+    loader.load(OBJECT).map_err(|error| RedirectError::Object { reason: chain(&error) })
+}
+
+/// Loads one program. The verifier's word on a refusal is in its last lines.
+pub fn refused(program: &str, error: &ProgramError) -> RedirectError {
+    let reason = match error {
+        ProgramError::LoadError { io_error, verifier_log } => {
+            let log = verifier_log.to_string();
+            tracing::debug!(program, "the verifier says:\n{log}");
+            // After the reason come statistics.
+            let statistics = ["processed ", "stack depth ", "verification time "];
+            let is_reason = |line: &&str| !line.is_empty() && !statistics.iter().any(|start| line.starts_with(start));
+            let last = log.lines().rev().find(is_reason);
+            format!("{io_error}{}", last.map(|line| format!(" ({line})")).unwrap_or_default())
+        }
+        other => chain(other),
+    };
+    RedirectError::Load { program: program.to_owned(), kernel: host::kernel_release(), reason }
+}
+
+/// An error with its sources, in one line.
+fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(inner) = source {
+        let inner_text = inner.to_string();
+        if !text.contains(&inner_text) {
+            text = format!("{text}: {inner_text}");
+        }
+        source = inner.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_part_makes_another_fingerprint() {
+        let base = Globals { node_netns: 1, probe_cgroup: 2, kernel_log: false };
+        let all = [
+            fingerprint(&base, 3),
+            fingerprint(&base, 4),
+            fingerprint(&Globals { node_netns: 2, ..base }, 3),
+            fingerprint(&Globals { probe_cgroup: 3, ..base }, 3),
+            fingerprint(&Globals { kernel_log: true, ..base }, 3),
+        ];
+        for (i, one) in all.iter().enumerate() {
+            assert!(all[i + 1..].iter().all(|other| other != one), "{i}");
+        }
+        assert_eq!(fingerprint(&base, 3), all[0]);
+    }
+}

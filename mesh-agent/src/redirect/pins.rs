@@ -1,0 +1,193 @@
+//! Where things are pinned, so that they outlive the agent.
+//!
+//! ```text
+//! <bpffs>/nodemesh/<node>/v<schema>/maps/<NAME>
+//!                                   programs-<object>/<program>        links at the cgroup
+//!                                   pods/<cookie>-<index>-<object>     sk_lookup links, one a pod
+//! ```
+//! `<object>` is a hash of the embedded object and of its read-only globals: links of the same object are taken over as
+//! they are. bpffs allows no dots in names.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use mesh_common::SCHEMA;
+
+use super::{NetnsCookie, Options, RedirectError};
+
+const ROOT: &str = "nodemesh";
+
+#[derive(Debug, Clone)]
+pub struct Pins {
+    /// Above all schemas: the node's folder.
+    node: PathBuf,
+    base: PathBuf,
+    object: String,
+}
+
+/// A pinned sk_lookup link.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PodPin {
+    pub cookie: NetnsCookie,
+    pub index: u32,
+    pub object: String,
+    pub path: PathBuf,
+}
+
+impl Pins {
+    pub fn new(options: &Options, object: u64) -> Result<Self, RedirectError> {
+        let allowed = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+        if options.node.is_empty() || options.node.len() > 200 || !options.node.chars().all(allowed) {
+            return Err(RedirectError::NodeName { node: options.node.clone() });
+        }
+        let node = options.bpffs.join(ROOT).join(&options.node);
+        Ok(Self { base: node.join(format!("v{SCHEMA}")), node, object: format!("{object:016x}") })
+    }
+
+    pub fn create_folders(&self) -> Result<(), RedirectError> {
+        for folder in [self.maps(), self.programs(), self.pods()] {
+            fs::create_dir_all(&folder).map_err(|source| RedirectError::Pin { path: folder, source })?;
+        }
+        Ok(())
+    }
+
+    pub fn maps(&self) -> PathBuf {
+        self.base.join("maps")
+    }
+
+    pub fn map(&self, name: &str) -> PathBuf {
+        self.maps().join(name)
+    }
+
+    fn programs(&self) -> PathBuf {
+        self.base.join(format!("programs-{}", self.object))
+    }
+
+    pub fn program(&self, name: &str) -> PathBuf {
+        self.programs().join(name)
+    }
+
+    fn pods(&self) -> PathBuf {
+        self.base.join("pods")
+    }
+
+    pub fn pod(&self, cookie: NetnsCookie, index: u32) -> PathBuf {
+        self.pods().join(format!("{:016x}-{index}-{}", cookie.0, self.object))
+    }
+
+    /// Was there an agent of this node before, with any object?
+    pub fn exist(&self) -> bool {
+        self.base.exists()
+    }
+
+    /// Folders of link pins of other objects.
+    pub fn older_programs(&self) -> Result<Vec<PathBuf>, RedirectError> {
+        let current = self.programs();
+        let mut found = list(&self.base)?;
+        found.retain(|path| *path != current && name_of(path).is_some_and(|name| name.starts_with("programs-")));
+        Ok(found)
+    }
+
+    /// All sk_lookup links, of this and other objects.
+    pub fn pod_pins(&self) -> Result<Vec<PodPin>, RedirectError> {
+        Ok(list(&self.pods())?.into_iter().filter_map(parse_pod_pin).collect())
+    }
+
+    /// Removes everything of this node, of every schema: links of programs first, maps last.
+    pub fn remove_all(&self) -> Result<Vec<String>, RedirectError> {
+        let mut removed = Vec::new();
+        for schema in list(&self.node)? {
+            let mut folders = list(&schema)?;
+            folders.sort_by_key(|path| match name_of(path) {
+                Some("maps") => 2,
+                Some("pods") => 1,
+                _ => 0,
+            });
+            for folder in folders {
+                removed.extend(remove_folder(&folder)?);
+            }
+            remove(&schema)?;
+        }
+        remove(&self.node)?;
+        if let Some(root) = self.node.parent() {
+            // Other nodes' agents may have theirs here.
+            let _ = fs::remove_dir(root);
+        }
+        Ok(removed)
+    }
+}
+
+/// Removes a folder of pins; a line for each.
+pub fn remove_folder(folder: &Path) -> Result<Vec<String>, RedirectError> {
+    let mut removed = Vec::new();
+    for pin in list(folder)? {
+        remove(&pin)?;
+        removed.push(format!("removed {}", pin.display()));
+    }
+    remove(folder)?;
+    Ok(removed)
+}
+
+/// Removes a pin or an empty folder; one that is gone is no error.
+pub fn remove(path: &Path) -> Result<(), RedirectError> {
+    let result = if path.is_dir() { fs::remove_dir(path) } else { fs::remove_file(path) };
+    match result {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(RedirectError::Pin { path: path.to_owned(), source: error })
+        }
+        _ => Ok(()),
+    }
+}
+
+fn list(folder: &Path) -> Result<Vec<PathBuf>, RedirectError> {
+    let failed = |source| RedirectError::Pin { path: folder.to_owned(), source };
+    match fs::read_dir(folder) {
+        Ok(entries) => entries.map(|entry| entry.map(|entry| entry.path())).collect::<io::Result<_>>().map_err(failed),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(error) => Err(failed(error)),
+    }
+}
+
+fn name_of(path: &Path) -> Option<&str> {
+    path.file_name()?.to_str()
+}
+
+fn parse_pod_pin(path: PathBuf) -> Option<PodPin> {
+    let mut parts = name_of(&path)?.split('-');
+    let cookie = NetnsCookie(u64::from_str_radix(parts.next()?, 16).ok()?);
+    let index = parts.next()?.parse().ok()?;
+    let object = parts.next()?.to_owned();
+    parts.next().is_none().then_some(PodPin { cookie, index, object, path })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options(node: &str) -> Options {
+        Options { bpffs: "/bpffs".into(), ..Options::new(node) }
+    }
+
+    #[test]
+    fn a_pod_pin_is_read_back_as_written() {
+        let pins = Pins::new(&options("node-1"), 0xabc).unwrap();
+        let pin = parse_pod_pin(pins.pod(NetnsCookie(77), 5)).unwrap();
+        assert_eq!((pin.cookie, pin.index, pin.object.as_str()), (NetnsCookie(77), 5, "0000000000000abc"));
+    }
+
+    #[test]
+    fn names_that_are_no_pod_pins_are_passed_over() {
+        for name in ["", "x", "12-3", "12-3-a-b", "zz-1-a", "12-x-a"] {
+            assert_eq!(parse_pod_pin(PathBuf::from("/p").join(name)), None, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_node_name_cannot_leave_its_folder() {
+        for node in ["", "..", "a/b", "a.b", "a b"] {
+            let error = Pins::new(&options(node), 0).unwrap_err();
+            assert!(error.to_string().contains("is no folder name"), "{error}");
+        }
+    }
+}

@@ -1,0 +1,111 @@
+//! Objects of the Kubernetes core: just the fields that a mesh needs. Unknown fields are ignored, as Kubernetes's own
+//! clients do; a field that is read and has a wrong type or value breaks the object.
+
+mod endpoint_slice;
+mod pod;
+mod service;
+
+pub(super) use endpoint_slice::{EndpointSlice, endpoint_slice};
+pub(super) use pod::{Pod, pod};
+pub(super) use service::{Kind, Port, Service, TargetPort, service};
+
+use serde::Deserialize;
+
+use super::Object;
+use super::report::{Labels, Report, nullable};
+use crate::model::Locality;
+
+/// Where the label `nodemesh.io/mode` or `istio.io/dataplane-mode` says something, and what.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(in crate::translate) struct Mode {
+    pub nodemesh: Option<bool>,
+    /// Counts only with the setting `istio_labels`, and after the other.
+    pub istio: Option<bool>,
+}
+
+impl Mode {
+    pub fn enabled(self, istio_labels: bool) -> Option<bool> {
+        self.nodemesh.or(self.istio.filter(|_| istio_labels))
+    }
+}
+
+#[derive(Debug)]
+pub(in crate::translate) struct Namespace {
+    pub name: String,
+    pub mode: Mode,
+}
+
+#[derive(Debug)]
+pub(in crate::translate) struct Node {
+    pub name: String,
+    pub locality: Locality,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", expecting = "an object")]
+struct Metadata {
+    #[serde(default, deserialize_with = "nullable")]
+    name: String,
+    #[serde(default, deserialize_with = "nullable")]
+    uid: String,
+    #[serde(default, deserialize_with = "nullable")]
+    labels: Labels,
+    #[serde(default, deserialize_with = "nullable")]
+    annotations: Labels,
+    creation_timestamp: Option<String>,
+    deletion_timestamp: Option<String>,
+    #[serde(default, deserialize_with = "nullable")]
+    owner_references: Vec<OwnerReference>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(expecting = "an object")]
+struct OwnerReference {
+    kind: String,
+    name: String,
+    #[serde(default, deserialize_with = "nullable")]
+    controller: bool,
+}
+
+#[derive(Deserialize)]
+#[serde(expecting = "an object")]
+struct OnlyMetadata {
+    metadata: Metadata,
+}
+
+pub(in crate::translate) fn namespace(object: &Object, report: &mut Report) -> Option<Namespace> {
+    let OnlyMetadata { metadata } = report.read(object)?;
+    let mode = mode(&metadata.labels, "the namespace stays out of the mesh", report);
+    report.unless_broken(Namespace { name: metadata.name, mode })
+}
+
+pub(in crate::translate) fn node(object: &Object, report: &mut Report) -> Option<Node> {
+    let OnlyMetadata { metadata } = report.read(object)?;
+    let label = |key: &str| metadata.labels.get(key).map(String::as_str).unwrap_or_default().into();
+    let locality =
+        Locality { region: label("topology.kubernetes.io/region"), zone: label("topology.kubernetes.io/zone") };
+    report.unless_broken(Node { name: metadata.name, locality })
+}
+
+/// Nothing of a ServiceAccount is needed; a broken one is reported all the same.
+pub(in crate::translate) fn service_account(object: &Object, report: &mut Report) -> Option<()> {
+    let OnlyMetadata { .. } = report.read(object)?;
+    Some(())
+}
+
+fn mode(labels: &Labels, otherwise: &str, report: &mut Report) -> Mode {
+    let mut read = |label: &str, yes: &str, no: &str| match labels.get(label).map(String::as_str) {
+        None => None,
+        Some(value) if value == yes => Some(true),
+        Some(value) if value == no => Some(false),
+        Some(value) => {
+            let message = format!("`{value}` is no mode, so {otherwise}: use {yes} or {no}");
+            report.warning(&format!("metadata.labels[{label}]"), message);
+            None
+        }
+    };
+    Mode {
+        nodemesh: read("nodemesh.io/mode", "enabled", "disabled"),
+        istio: read("istio.io/dataplane-mode", "ambient", "none"),
+    }
+}

@@ -1,0 +1,4 @@
+//! placeholder
+pub fn run(_keep: bool) -> anyhow::Result<()> {
+    Ok(())
+}

@@ -1,0 +1,200 @@
+//! The house rules as a check: who may import whom, which folder may name which crate, how long a file may be.
+//!
+//! It reads text, not syntax: comments are cut, a file ends for it at its `#[cfg(test)] mod tests`.
+
+mod imports;
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context as _, Result};
+
+/// Lines of code a file may have; tests, comments and blank lines are not counted.
+const LONGEST: usize = 500;
+
+/// Crates and words that have a home, as paths below mesh-agent/src, and why the rule is there.
+const HOMES: &[(&[&str], &[&str], &str)] = &[
+    (&["aya::", "aya_log::"], &["redirect/"], "only redirect speaks to the kernel"),
+    (&["kube::", "k8s_openapi::"], &["discovery/", "translate/", "cli/"], "foreign objects end at translate"),
+    (&["notify::"], &["discovery/"], "only discovery watches files"),
+    (
+        &["rustls::", "tokio_rustls::", "rcgen::", "x509_parser::", "aws_lc_rs::"],
+        &["identity/", "proxy/transport/"],
+        "keys and certificates are handled in two places",
+    ),
+    (
+        &["hyper::", "hyper_util::", "h2::"],
+        &[
+            "proxy/outbound",
+            "proxy/inbound",
+            "proxy/gateway",
+            "proxy/transport/",
+            "admin/",
+            "identity/",
+            "telemetry/",
+            "cli/",
+        ],
+        "HTTP stays out of the judgement",
+    ),
+    (&["tonic::", "prost::"], &["identity/", "telemetry/"], "gRPC is for the CA and telemetry"),
+    (&["hickory"], &["dns/"], "DNS has one home"),
+    (&["prometheus::"], &["telemetry/"], "others count through telemetry"),
+    (&["clap::"], &["cli/", "config", "bin/", "telemetry/access_log.rs"], "the command line is one layer"),
+    (&["anyhow::"], &["bin/", "cli/", "app"], "errors below the command line have a type"),
+    (
+        &["unsafe {", "unsafe fn", "unsafe impl"],
+        &["redirect/", "enrollment/netns.rs", "lifecycle/handover.rs", "proxy/transport/"],
+        "unsafe code is kept where the kernel's interfaces ask for it",
+    ),
+];
+
+/// What a pure layer must not name: it is given time, chance and the outside world as values.
+const IMPURE: &[&str] = &[
+    "tokio::",
+    "std::fs",
+    "std::env",
+    "Instant::now",
+    "SystemTime::now",
+    "rand::rng",
+    "rand::random",
+    "TcpStream",
+    "TcpListener",
+    "UdpSocket",
+];
+const PURE: &[&str] = &["model/", "translate/", "proxy/policy/", "proxy/route/", "proxy/balance/"];
+
+/// All places that break a rule, a sentence each.
+pub fn check(root: &Path) -> Result<Vec<String>> {
+    let mut git = Command::new("git");
+    git.current_dir(root).args(["ls-files", "-z", "--cached", "--others", "--exclude-standard"]);
+    let output = git.output().context("cannot run git to list the files")?;
+    let list = String::from_utf8(output.stdout).context("file names are UTF-8")?;
+    let mut broken = Vec::new();
+    for path in list.split('\0').filter(|path| !path.is_empty()) {
+        // Binary files, and files that are deleted but not yet committed so, have no text to check.
+        if let Ok(text) = fs::read_to_string(root.join(path)) {
+            check_file(path, &text, &mut broken);
+        }
+    }
+    Ok(broken)
+}
+
+fn check_file(path: &str, text: &str, broken: &mut Vec<String>) {
+    // In two parts, so that this file does not break its own rule.
+    for machine in [concat!("/wo", "rk/"), concat!("/ro", "ot/")] {
+        if let Some(line) = text.lines().position(|line| line.contains(machine)) {
+            broken.push(format!("{path}:{}: a path of one machine ({machine}...): no other has it", line + 1));
+        }
+    }
+    if !path.ends_with(".rs") {
+        return;
+    }
+    if !text.starts_with("//!") {
+        broken.push(format!("{path}: begins without `//!`: say its place, what comes in and what goes out"));
+    }
+    let is_test = path.starts_with("tests/") || path.ends_with("/tests.rs") || path.contains("/tests/");
+    if is_test {
+        return;
+    }
+    let code = code(text);
+    if code.len() > LONGEST {
+        broken.push(format!("{path}: {} lines of code, more than {LONGEST}: part it", code.len()));
+    }
+    for (number, line) in &code {
+        if line.contains(".unwrap()") {
+            broken.push(format!("{path}:{number}: unwrap outside tests: say with `expect` why it can't fail"));
+        }
+    }
+    let Some(inner) = path.strip_prefix("mesh-agent/src/") else { return };
+    check_homes(path, inner, &code, broken);
+    for sentence in imports::check(inner, &code) {
+        broken.push(format!("{path}: {sentence}"));
+    }
+}
+
+fn check_homes(path: &str, inner: &str, code: &[(usize, &str)], broken: &mut Vec<String>) {
+    for (words, homes, reason) in HOMES {
+        if homes.iter().any(|home| inner.starts_with(home)) {
+            continue;
+        }
+        for (number, line) in code {
+            if let Some(word) = words.iter().find(|word| names(line, word)) {
+                broken.push(format!("{path}:{number}: `{word}` belongs in {}: {reason}", homes.join(", ")));
+            }
+        }
+    }
+    if PURE.iter().any(|pure| inner.starts_with(pure)) {
+        for (number, line) in code {
+            if let Some(word) = IMPURE.iter().find(|word| names(line, word)) {
+                broken.push(format!("{path}:{number}: `{word}` in a pure layer: take it as a value"));
+            }
+        }
+    }
+}
+
+/// Whether a line names `word` and not something that ends in it (`my_aya::` for `aya::`).
+fn names(line: &str, word: &str) -> bool {
+    line.match_indices(word).any(|(at, _)| {
+        let before = line[..at].chars().next_back();
+        !before.is_some_and(|c| c.is_alphanumeric() || c == '_' || c == ':')
+    })
+}
+
+/// The numbered lines of code: without comments, blank lines, and the tests at the end.
+fn code(text: &str) -> Vec<(usize, &str)> {
+    let lines: Vec<&str> = text.lines().collect();
+    let tests = lines
+        .windows(2)
+        .position(|pair| pair[0] == "#[cfg(test)]" && pair[1].starts_with("mod ") && pair[1].ends_with('{'));
+    let lines = lines.into_iter().take(tests.unwrap_or(usize::MAX)).enumerate().map(|(at, line)| (at + 1, line));
+    lines.filter(|(_, line)| !line.trim().is_empty() && !line.trim_start().starts_with("//")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn broken(path: &str, text: &str) -> Vec<String> {
+        let mut broken = Vec::new();
+        check_file(path, text, &mut broken);
+        broken
+    }
+
+    #[test]
+    fn a_good_file_breaks_nothing() {
+        let text = "//! Fine.\nuse aya::Ebpf;\n// .unwrap() in a comment\n#[cfg(test)]\nmod tests {\n x.unwrap();\n}\n";
+        assert_eq!(broken("mesh-agent/src/redirect/load.rs", text), Vec::<String>::new());
+    }
+
+    #[test]
+    fn each_rule_is_seen_to_break() {
+        let long = format!("//! Long.\n{}", "let x = 1;\n".repeat(LONGEST + 1));
+        for (path, text, says) in [
+            ("mesh-agent/src/admin/mod.rs", "fn x() {}\n", "begins without"),
+            ("xtask/src/x.rs", "//! X.\nfoo().unwrap();\n", "unwrap outside tests"),
+            ("mesh-agent/src/x.rs", long.as_str(), "lines of code"),
+            ("mesh-agent/src/proxy/policy/x.rs", "//! X.\nuse aya::Ebpf;\n", "`aya::` belongs in redirect/"),
+            ("mesh-agent/src/proxy/balance/x.rs", "//! X.\nlet n = std::time::Instant::now();\n", ""),
+            ("mesh-agent/src/admin/x.rs", "//! X.\nunsafe { x() }\n", "`unsafe {` belongs in"),
+            ("README.md", concat!("see /wo", "rk/main\n"), "a path of one machine"),
+            ("mesh-agent/src/model/x.rs", "//! X.\nuse crate::proxy::policy::P;\n", "may not import"),
+        ] {
+            let broken = broken(path, text);
+            assert!(says.is_empty() || broken.len() == 1 && broken[0].contains(says), "{path}: {broken:?}");
+        }
+    }
+
+    #[test]
+    fn a_pure_layer_takes_time_as_a_value() {
+        let text = "//! X.\nuse std::time::Instant;\nlet n = Instant::now();\n";
+        assert!(broken("mesh-agent/src/proxy/balance/x.rs", text)[0].contains("in a pure layer"));
+    }
+
+    #[test]
+    fn names_are_whole() {
+        assert!(names("use h2::client;", "h2::"));
+        assert!(!names("use my_h2::client;", "h2::"));
+        assert!(!names("use crate::config::clap::x;", "clap::"));
+    }
+}
