@@ -15,7 +15,7 @@ use crate::discovery::{self, Sources};
 use crate::enrollment::{Enrollment, Inputs as EnrollmentInputs};
 use crate::identity::{
     self, Ca, CaClient, CaClientOptions, CaError, CaOptions, CaServerOptions, CertificateOptions, Certificates, Clock,
-    Credential, JoinTokens,
+    Credential, JoinTokens, trusted_roots,
 };
 use crate::lifecycle::{Readiness, Signals};
 use crate::model::{SpiffeId, TrustDomain};
@@ -31,8 +31,8 @@ const ROOTS_POLL: Duration = Duration::from_secs(30);
 /// A file in the controller's state directory: `rotate-root` asks the controller that runs.
 const ROTATE_ROOT: &str = "rotate-root";
 const REQUEST_POLL: Duration = Duration::from_secs(1);
-/// How often label sets of workloads that are gone leave the metrics.
-const METRICS_SWEEP: Duration = Duration::from_secs(60);
+/// How often label sets of workloads that are gone leave the metrics, and entries of sockets that are gone the kernel.
+const SWEEP: Duration = Duration::from_secs(60);
 
 /// `mesh-agent node`: serves the pods of this node until a signal ends it.
 pub fn run_node(config: config::Node) -> anyhow::Result<()> {
@@ -112,7 +112,7 @@ async fn node(config: config::Node, log: logging::LogLevel) -> anyhow::Result<()
     telemetry.metrics.watch_node(move || facts.node_facts());
     tokio::spawn(serve_admin(admin_socket, admin));
     tokio::spawn(serve_metrics(metrics_listener, telemetry.metrics.clone()));
-    tokio::spawn(sweep_metrics(telemetry.clone(), sources.clone()));
+    tokio::spawn(sweep(telemetry.clone(), sources.clone(), redirect.clone()));
     tokio::spawn(log_problems(sources.clone()));
 
     tokio::select! {
@@ -152,13 +152,13 @@ pub fn run_controller(config: config::Controller) -> anyhow::Result<()> {
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     control_runtime()?.block_on(async {
         let mut signals = Signals::new().context("cannot wait for signals")?;
-        let listener = identity::bind(config.listen).await?;
         let ca = open_ca(&config)?;
         let tokens = Arc::new(JoinTokens::open(&config.state_dir)?);
         let mut settings = Settings::new(config.trust_domain.clone());
         settings.istio_labels = config.istio_labels;
         let sources = discovery::start(discovery::Options::new(&config.config_dir, settings))?;
         tokio::spawn(log_problems(sources.clone()));
+        let listener = identity::bind(config.listen).await?;
         let snapshot = sources.snapshot.clone();
         let runs_on = Arc::new(move |node: &str, identity: &SpiffeId| {
             snapshot.load().workloads().any(|w| w.is_on(node) && w.identity == *identity)
@@ -174,8 +174,8 @@ pub fn run_controller(config: config::Controller) -> anyhow::Result<()> {
 /// `mesh-agent controller token`: a join token for the node `node`, good for `ttl`.
 pub fn join_token(config: config::Controller, node: &str, ttl: Duration) -> anyhow::Result<String> {
     let tokens = JoinTokens::open(&config.state_dir)?;
-    let roots = open_ca(&config)?.bundle();
-    Ok(tokens.issue(node, &roots.fingerprints()[0], SystemTime::now() + ttl)?)
+    let roots = trusted_roots(&ca_options(&config))?;
+    Ok(tokens.issue(node, roots.fingerprints(), SystemTime::now() + ttl)?)
 }
 
 /// `mesh-agent controller rotate-root`: what was done, a sentence.
@@ -299,11 +299,12 @@ fn open_ca(config: &config::Controller) -> anyhow::Result<Arc<Ca>> {
     Ok(Ca::open(ca_options(config))?)
 }
 
-async fn sweep_metrics(telemetry: Arc<Telemetry>, sources: Sources) {
-    let mut tick = tokio::time::interval(METRICS_SWEEP);
+async fn sweep(telemetry: Arc<Telemetry>, sources: Sources, redirect: Arc<Redirect>) {
+    let mut tick = tokio::time::interval(SWEEP);
     loop {
         tick.tick().await;
         telemetry.metrics.sweep(&sources.snapshot.load(), Instant::now());
+        redirect.sweep();
     }
 }
 

@@ -13,8 +13,8 @@ pub mod map {
     pub const POD_ADDRS: &str = "POD_ADDRS";
     /// client socket's [`crate::SockTuple`] -> the [`super::Addr`] it asked for.
     pub const ORIG_DST: &str = "ORIG_DST";
-    /// Probe's [`crate::SockTuple`] (netns: the node's) -> [`super::Probe`].
-    pub const PROBES: &str = "PROBES";
+    /// [`crate::SockTuple`] (netns: 0, since the server's side cannot know the client's) -> [`super::Attested`].
+    pub const ATTESTED: &str = "ATTESTED";
     /// Socket storage: [`super::SocketDst`] of a redirected socket.
     pub const SOCKET_DST: &str = "SOCKET_DST";
     /// Socket storage: present on the agent's own sockets.
@@ -29,7 +29,7 @@ pub mod map {
     pub const LOGS: &str = "AYA_LOGS";
 
     pub const ALL: [&str; 10] =
-        [ENROLLED, POD_ADDRS, ORIG_DST, PROBES, SOCKET_DST, OWN, PROBE_SOCK, LISTENERS, COUNTS, LOGS];
+        [ENROLLED, POD_ADDRS, ORIG_DST, ATTESTED, SOCKET_DST, OWN, PROBE_SOCK, LISTENERS, COUNTS, LOGS];
 }
 
 /// Enrolled pods of one node.
@@ -37,7 +37,8 @@ pub const ENROLLED_ENTRIES: u32 = 4096;
 /// Connections between `connect` and the agent's `accept`. An entry lives for microseconds.
 pub const ORIG_DST_ENTRIES: u32 = 65_536;
 pub const POD_ADDRS_ENTRIES: u32 = ENROLLED_ENTRIES * 4;
-pub const PROBES_ENTRIES: u32 = 16_384;
+/// Connections to apps that the agent or a probe has open: an entry lives as long as its client's socket.
+pub const ATTESTED_ENTRIES: u32 = 131_072;
 
 /// Which listener of a pod.
 pub mod slot {
@@ -69,22 +70,22 @@ pub struct SocketDst {
     pub local: Ip,
 }
 
-/// An attested probe connection.
+/// A connection that goes to the app itself: the kernel saw the agent, or a probe, open it.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Probe {
+pub struct Attested {
     /// `CLOCK_MONOTONIC` at `connect`.
     pub at_nanos: u64,
     pub pod_index: u32,
     pub pad: u32,
 }
 
-/// How long a probe may take from `connect` to its last SYN retransmission: entries older than that count no more.
-pub const PROBE_TTL_NANOS: u64 = 75_000_000_000;
+/// How long `connect` may take up to its last SYN retransmission, by far: entries older than that count no more.
+pub const ATTESTED_TTL_NANOS: u64 = 150_000_000_000;
 
 const _: () = assert!(size_of::<PodEntry>() == 40 && align_of::<PodEntry>() == 4);
 const _: () = assert!(size_of::<SocketDst>() == 56 && align_of::<SocketDst>() == 4);
-const _: () = assert!(size_of::<Probe>() == 16 && align_of::<Probe>() == 8);
+const _: () = assert!(size_of::<Attested>() == 16 && align_of::<Attested>() == 8);
 
 #[cfg(feature = "user")]
 mod pod {
@@ -93,7 +94,7 @@ mod pod {
     // SAFETY: as above.
     unsafe impl aya::Pod for super::SocketDst {}
     // SAFETY: as above.
-    unsafe impl aya::Pod for super::Probe {}
+    unsafe impl aya::Pod for super::Attested {}
 }
 
 macro_rules! events {
@@ -128,9 +129,14 @@ events! {
     DeniedStorage = ("denied", "storage"),
     /// No room for the original destination: the agent finds none and resets.
     OrigDstFull = ("map_full", "orig_dst"),
-    ProbesFull = ("map_full", "probes"),
-    ProbeAttested = ("probe", "attested"),
-    ProbePassed = ("probe", "passed"),
+    /// No room for the attestation: the connection is steered to the agent instead of the app.
+    AttestedFull = ("map_full", "attested"),
+    ProbeAttested = ("attested", "probe"),
+    AgentAttested = ("attested", "agent"),
+    /// By sk_lookup, to the app.
+    PassedAttested = ("passed", "attested"),
+    /// A pod that calls itself by its own address.
+    PassedSelf = ("passed", "self"),
     SteeredPlain = ("steered", "plain"),
     SteeredHbone = ("steered", "hbone"),
     /// The agent is not there.

@@ -81,7 +81,7 @@ fn judge(cx: &SockAddrContext, sk: *mut bpf_sock, pod: &PodEntry, dst: Addr, fam
     if in_redirect_range(&dst.ip, v4) {
         return redirected_before(sk, &dst);
     }
-    if is_loopback(&dst.ip, v4) || enrolled::is_address_of(pod, &dst.ip) {
+    if is_loopback(&dst.ip, v4) || enrolled::is_address_of(pod.index, &dst.ip) {
         if dst.port == OUTBOUND_PORT || dst.port == PLAIN_PORT || dst.port == HBONE_PORT {
             return deny(cx, Event::DeniedAgentPort);
         }
@@ -174,9 +174,8 @@ fn release_device(ctx: *mut bpf_sock_addr, sk: *mut bpf_sock) -> bool {
     }
     let mut none = [0u8; 16];
     // SAFETY: a plain helper with an initialised buffer of the length told.
-    let done = unsafe {
-        bpf_setsockopt(ctx.cast(), SOL_SOCKET, SO_BINDTODEVICE, none.as_mut_ptr().cast(), none.len() as i32)
-    };
+    let done =
+        unsafe { bpf_setsockopt(ctx.cast(), SOL_SOCKET, SO_BINDTODEVICE, none.as_mut_ptr().cast(), none.len() as i32) };
     if done == 0 {
         count(Event::DeviceCleared);
     }
@@ -188,9 +187,7 @@ fn is_unbound(sk: *mut bpf_sock, family: Family) -> bool {
     let port = field!(sk, src_port);
     let ip = match family {
         Family::V4 => field!(sk, src_ip4),
-        Family::V6 => {
-            field!(sk, src_ip6[0]) | field!(sk, src_ip6[1]) | field!(sk, src_ip6[2]) | field!(sk, src_ip6[3])
-        }
+        Family::V6 => field!(sk, src_ip6[0]) | field!(sk, src_ip6[1]) | field!(sk, src_ip6[2]) | field!(sk, src_ip6[3]),
     };
     port == 0 && ip == 0
 }

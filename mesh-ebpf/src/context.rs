@@ -4,9 +4,9 @@
 
 use core::ffi::c_void;
 
+use aya_ebpf::bindings::BPF_SK_STORAGE_GET_F_CREATE;
 use aya_ebpf::bindings::{bpf_sock, bpf_sock_addr};
 use aya_ebpf::helpers::generated::{bpf_sk_storage_delete, bpf_sk_storage_get};
-use aya_ebpf::bindings::BPF_SK_STORAGE_GET_F_CREATE;
 use mesh_common::{Addr, Ip};
 
 /// Reads one field of a context.
@@ -90,7 +90,9 @@ pub fn storage<T, M>(map: &'static M, sk: *mut bpf_sock) -> Option<&'static mut 
 pub fn storage_or_insert<T, M>(map: &'static M, sk: *mut bpf_sock, value: &mut T) -> Option<&'static mut T> {
     let flags = u64::from(BPF_SK_STORAGE_GET_F_CREATE);
     // SAFETY: as in `storage`; `value` lives on the stack, initialised.
-    unsafe { bpf_sk_storage_get(map_ptr(map), sk.cast(), core::ptr::from_mut(value).cast(), flags).cast::<T>().as_mut() }
+    unsafe {
+        bpf_sk_storage_get(map_ptr(map), sk.cast(), core::ptr::from_mut(value).cast(), flags).cast::<T>().as_mut()
+    }
 }
 
 #[inline(always)]

@@ -35,9 +35,9 @@ pub fn is_own(sk: *mut bpf_sock) -> bool {
 /// Is it one of the pod's own addresses? A second lookup rather than a loop over a list in the entry: that loop makes
 /// more paths than the verifier walks.
 #[inline(always)]
-pub fn is_address_of(pod: &PodEntry, ip: &Ip) -> bool {
+pub fn is_address_of(pod_index: u32, ip: &Ip) -> bool {
     // SAFETY: as in `pod`.
-    unsafe { POD_ADDRS.get(ip) }.is_some_and(|index| *index == pod.index)
+    unsafe { POD_ADDRS.get(ip) }.is_some_and(|index| *index == pod_index)
 }
 
 /// A connection from the node's own netns, by a process of the probe cgroup (or of one below), to a pod's address: the

@@ -5,8 +5,8 @@ use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::btf_maps::{HashMap, PerCpuArray, SkStorage, SockMap};
 use aya_ebpf::macros::btf_map;
 use mesh_common::{
-    Addr, COUNTERS, ENROLLED_ENTRIES, Event, Ip, ORIG_DST_ENTRIES, POD_ADDRS_ENTRIES, PROBES_ENTRIES, PodEntry, Probe,
-    SockTuple, SocketDst, slot,
+    ATTESTED_ENTRIES, Addr, Attested, COUNTERS, ENROLLED_ENTRIES, Event, Ip, ORIG_DST_ENTRIES, POD_ADDRS_ENTRIES,
+    PodEntry, SockTuple, SocketDst, slot,
 };
 
 const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
@@ -24,7 +24,7 @@ pub static POD_ADDRS: HashMap<Ip, u32, { POD_ADDRS_ENTRIES as usize }, NO_PREALL
 pub static ORIG_DST: HashMap<SockTuple, Addr, { ORIG_DST_ENTRIES as usize }> = HashMap::new();
 
 #[btf_map]
-pub static PROBES: HashMap<SockTuple, Probe, { PROBES_ENTRIES as usize }, NO_PREALLOC> = HashMap::new();
+pub static ATTESTED: HashMap<SockTuple, Attested, { ATTESTED_ENTRIES as usize }, NO_PREALLOC> = HashMap::new();
 
 #[btf_map]
 pub static SOCKET_DST: SkStorage<SocketDst> = SkStorage::new();

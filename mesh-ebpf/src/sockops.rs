@@ -1,6 +1,6 @@
 //! sockops (netns cookie 5.15): the tuple of a redirected connection, with its ports, before its SYN leaves.
 //!
-//! Maps read: ENROLLED, SOCKET_DST, PROBE_SOCK. Written: ORIG_DST, PROBES, COUNTS.
+//! Maps read: ENROLLED, POD_ADDRS, SOCKET_DST, OWN, PROBE_SOCK. Written: ORIG_DST, ATTESTED, COUNTS.
 //! Verdict: none. An insert that fails is counted; the agent then finds no destination and resets the connection.
 
 use aya_ebpf::bindings::{
@@ -10,11 +10,11 @@ use aya_ebpf::bindings::{
 use aya_ebpf::helpers::generated::{bpf_get_netns_cookie, bpf_ktime_get_ns, bpf_sock_ops_cb_flags_set};
 use aya_ebpf::macros::sock_ops;
 use aya_ebpf::programs::SockOpsContext;
-use mesh_common::{Addr, Event, Ip, Probe, SockTuple, SocketDst};
+use mesh_common::{Addr, Attested, Event, Ip, SockTuple, SocketDst};
 
 use crate::context::{field, field_ip6, storage};
 use crate::enrolled;
-use crate::maps::{NODE_NETNS, ORIG_DST, PROBE_CGROUP, PROBE_SOCK, PROBES, SOCKET_DST, count};
+use crate::maps::{ATTESTED, NODE_NETNS, ORIG_DST, PROBE_CGROUP, PROBE_SOCK, SOCKET_DST, count};
 
 const AF_INET6: u32 = 10;
 
@@ -34,17 +34,19 @@ pub fn mesh_sockops(cx: SockOpsContext) -> u32 {
 fn connecting(ctx: *mut bpf_sock_ops) {
     // SAFETY: a plain helper on a valid context.
     let netns = unsafe { bpf_get_netns_cookie(ctx.cast()) };
-    if enrolled::pod(netns).is_some() {
-        remember_destination(ctx, netns);
+    if let Some(pod) = enrolled::pod(netns) {
+        let Some(sk) = socket(ctx) else { return };
+        match storage::<SocketDst, _>(&SOCKET_DST, sk) {
+            Some(known) => remember_destination(ctx, known, netns),
+            None => attest_agent(ctx, sk, pod.index),
+        }
     } else if PROBE_CGROUP.load() != 0 && netns == NODE_NETNS.load() {
-        attest_probe(ctx, netns);
+        attest_probe(ctx);
     }
 }
 
 #[inline(always)]
-fn remember_destination(ctx: *mut bpf_sock_ops, netns: u64) {
-    let Some(sk) = socket(ctx) else { return };
-    let Some(known) = storage::<SocketDst, _>(&SOCKET_DST, sk) else { return };
+fn remember_destination(ctx: *mut bpf_sock_ops, known: &SocketDst, netns: u64) {
     let tuple = tuple_of(ctx, netns);
     if !known.via.same(&Addr::new(tuple.remote_ip, tuple.remote_port)) {
         return;
@@ -57,19 +59,38 @@ fn remember_destination(ctx: *mut bpf_sock_ops, netns: u64) {
     ask_for_close(ctx);
 }
 
+/// The agent's own connection to the app in this pod, with the client's address as its source. It does not leave the
+/// pod, but sk_lookup cannot see that: for connections to an own address the kernel tells the address's device as the
+/// ingress, not loopback.
 #[inline(always)]
-fn attest_probe(ctx: *mut bpf_sock_ops, netns: u64) {
-    let Some(sk) = socket(ctx) else { return };
-    let Some(index) = storage::<u32, _>(&PROBE_SOCK, sk) else { return };
-    let tuple = tuple_of(ctx, netns);
-    // SAFETY: a plain helper.
-    let at_nanos = unsafe { bpf_ktime_get_ns() };
-    let probe = Probe { at_nanos, pod_index: *index, pad: 0 };
-    if PROBES.insert(&tuple, &probe, u64::from(BPF_ANY)).is_err() {
-        count(Event::ProbesFull);
+fn attest_agent(ctx: *mut bpf_sock_ops, sk: *mut bpf_sock, pod_index: u32) {
+    if !enrolled::is_own(sk) {
         return;
     }
-    count(Event::ProbeAttested);
+    let tuple = tuple_of(ctx, 0);
+    // From an own address sk_lookup lets it pass anyway.
+    if enrolled::is_address_of(pod_index, &tuple.remote_ip) && !enrolled::is_address_of(pod_index, &tuple.local_ip) {
+        attest(ctx, &tuple, pod_index, Event::AgentAttested);
+    }
+}
+
+#[inline(always)]
+fn attest_probe(ctx: *mut bpf_sock_ops) {
+    let Some(sk) = socket(ctx) else { return };
+    let Some(index) = storage::<u32, _>(&PROBE_SOCK, sk) else { return };
+    attest(ctx, &tuple_of(ctx, 0), *index, Event::ProbeAttested);
+}
+
+#[inline(always)]
+fn attest(ctx: *mut bpf_sock_ops, tuple: &SockTuple, pod_index: u32, event: Event) {
+    // SAFETY: a plain helper.
+    let at_nanos = unsafe { bpf_ktime_get_ns() };
+    let attested = Attested { at_nanos, pod_index, pad: 0 };
+    if ATTESTED.insert(tuple, &attested, u64::from(BPF_ANY)).is_err() {
+        count(Event::AttestedFull);
+        return;
+    }
+    count(event);
     ask_for_close(ctx);
 }
 
@@ -88,8 +109,9 @@ fn closed(ctx: *mut bpf_sock_ops) {
     let netns = unsafe { bpf_get_netns_cookie(ctx.cast()) };
     if storage::<SocketDst, _>(&SOCKET_DST, sk).is_some() {
         let _ = ORIG_DST.remove(&tuple_of(ctx, netns));
-    } else if storage::<u32, _>(&PROBE_SOCK, sk).is_some() {
-        let _ = PROBES.remove(&tuple_of(ctx, netns));
+    } else {
+        // Asked for by another program's flag: there is none.
+        let _ = ATTESTED.remove(&tuple_of(ctx, 0));
     }
 }
 

@@ -6,7 +6,8 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use serde_json::Value;
@@ -15,7 +16,7 @@ use crate::http;
 use crate::mesh::{Mesh, Node, fresh_log};
 use crate::netns::Netns;
 use crate::pod::{Output, Pod};
-use crate::process::Process;
+use crate::process::{Process, tail};
 use crate::wait::eventually;
 
 /// How long an agent or controller may take until it is ready.
@@ -98,11 +99,20 @@ impl Mesh {
     pub fn join_token(&self, node: &str) -> PathBuf {
         let mut command = Command::new(agent_binary());
         command.args(["controller", "token", "--node", node, "--state-dir"]).arg(controller_state(self));
+        command.arg("--config-dir").arg(self.manifests().folder());
         let output = command.output().expect("the agent's binary runs");
         assert!(output.status.success(), "no join token: {}", String::from_utf8_lossy(&output.stderr));
         let path = self.dir().join(format!("token-{node}"));
         fs::write(&path, output.stdout).expect("the temporary folder is ours");
         path
+    }
+
+    /// Changes to a new root of the CA, as `mesh-agent controller rotate-root` does.
+    pub fn rotate_root(&self) -> Output {
+        let mut command = Command::new(agent_binary());
+        command.args(["controller", "rotate-root", "--state-dir"]).arg(controller_state(self));
+        command.arg("--config-dir").arg(self.manifests().folder());
+        run(command)
     }
 
     /// Runs `mesh-agent node --cleanup` for a node whose agent is gone.
@@ -122,6 +132,11 @@ impl Agent {
 
     pub fn process(&mut self) -> &mut Process {
         &mut self.process
+    }
+
+    /// What `meshctl --socket` is given.
+    pub fn admin_socket(&self) -> &Path {
+        &self.admin_socket
     }
 
     /// All that it has printed, over all its restarts: its log and the access log.
@@ -181,7 +196,7 @@ impl Agent {
     /// Runs `meshctl` against this agent.
     pub fn meshctl(&self, args: &[&str]) -> Output {
         let mut command = self.node.netns().command(&binary("meshctl", "NODEMESH_MESHCTL").display().to_string());
-        command.arg("--admin-socket").arg(&self.admin_socket).args(args);
+        command.arg("--socket").arg(&self.admin_socket).args(args);
         run(command)
     }
 
@@ -194,10 +209,18 @@ impl Agent {
     /// Waits until this agent has taken a pod in, or, with `false`, let it go.
     pub fn wait_enrolled(&self, pod: &Pod, enrolled: bool) {
         let what = format!("pod {}/{} has enrolled = {enrolled}", pod.namespace(), pod.name());
-        eventually(Duration::from_secs(10), &what, || {
-            let found = find_pod(&self.meshctl_json(&["workloads"]), pod);
-            found.unwrap_or(false) == enrolled
-        });
+        let patience = Duration::from_secs(10);
+        let start = Instant::now();
+        while self.is_enrolled(pod) != enrolled {
+            let shown = || format!("{}\n{}", self.meshctl(&["workloads"]).stdout, tail(&self.log(), 40));
+            assert!(start.elapsed() < patience, "waited {patience:?} in vain: {what}; the agent says:\n{}", shown());
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// Whether this agent has taken a pod in, as `meshctl workloads` says.
+    pub fn is_enrolled(&self, pod: &Pod) -> bool {
+        find_pod(&self.meshctl_json(&["workloads"]), pod).unwrap_or(false)
     }
 }
 
@@ -236,7 +259,7 @@ fn find_pod(json: &Value, pod: &Pod) -> Option<bool> {
             if map.get("namespace").and_then(Value::as_str) == Some(pod.namespace())
                 && map.get("name").and_then(Value::as_str) == Some(pod.name())
             {
-                return map.get("enrolled").and_then(Value::as_bool);
+                return map.get("state").and_then(Value::as_str).map(|state| state == "enrolled");
             }
             map.values().find_map(|value| find_pod(value, pod))
         }

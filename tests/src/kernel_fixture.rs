@@ -9,8 +9,8 @@ use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -269,38 +269,97 @@ pub fn listen(port: u16) -> TcpListener {
     socket.into()
 }
 
-/// Answers each connection with one line made from its two addresses; resets it where there is none.
+type Answer = Arc<dyn Fn(SocketAddr, SocketAddr) -> Option<String> + Send + Sync>;
+
+/// Answers each connection with one line made from its two addresses (local, peer); resets it where there is none.
 pub struct Server {
     pub socket: TcpListener,
+    answer: Answer,
     thread: Option<JoinHandle<()>>,
+    keepers: Vec<JoinHandle<()>>,
+    released: Arc<(Mutex<bool>, Condvar)>,
 }
 
 impl Server {
     pub fn new(
         socket: TcpListener,
-        answer: impl Fn(SocketAddr, SocketAddr) -> Option<String> + Send + 'static,
+        answer: impl Fn(SocketAddr, SocketAddr) -> Option<String> + Send + Sync + 'static,
     ) -> Self {
-        let listener = socket.try_clone().expect("dup");
-        let serve = move || {
-            // Ends when the socket is shut down.
-            while let Ok((mut stream, peer)) = listener.accept() {
-                let Ok(local) = stream.local_addr() else { continue };
-                match answer(canonical(local), canonical(peer)) {
-                    Some(line) => drop(stream.write_all(line.as_bytes())),
-                    None => drop(Socket::from(stream).set_linger(Some(Duration::ZERO))),
+        let mut server =
+            Self { socket, answer: Arc::new(answer), thread: None, keepers: Vec::new(), released: Arc::default() };
+        server.resume();
+        server
+    }
+
+    /// Listens, and does not accept.
+    pub fn pause(&mut self) {
+        self.stop();
+        // On the same socket: the shutdown has only taken it out of the listening state.
+        rustix::net::listen(&self.socket, 4096).expect("listen again");
+    }
+
+    /// Answers from now on, those that wait first.
+    pub fn resume(&mut self) {
+        let answer = Arc::clone(&self.answer);
+        self.accept_with(move |mut stream, local, peer| match answer(local, peer) {
+            Some(line) => drop(stream.write_all(line.as_bytes())),
+            None => drop(Socket::from(stream).set_linger(Some(Duration::ZERO))),
+        });
+    }
+
+    /// Stops answering: each connection is told to `seen` and kept open until the server goes. Each thread keeps `each`, in a table of file descriptors of its own.
+    pub fn keep(&mut self, each: usize, threads: usize, seen: impl Fn(SocketAddr, SocketAddr) + Send + Sync + 'static) {
+        self.pause();
+        let seen = Arc::new(seen);
+        for _ in 0..threads {
+            let (listener, seen) = (self.socket.try_clone().expect("dup"), Arc::clone(&seen));
+            let released = self.released.clone();
+            self.keepers.push(thread::spawn(move || {
+                own_file_table();
+                let mut kept = Vec::with_capacity(each);
+                while kept.len() < each {
+                    let Ok((stream, peer)) = listener.accept() else { break };
+                    if let Ok(local) = stream.local_addr() {
+                        seen(canonical(local), canonical(peer));
+                    }
+                    kept.push(stream);
                 }
+                let mut gone = released.0.lock().expect("no panic under the lock");
+                while !*gone {
+                    gone = released.1.wait(gone).expect("no panic under the lock");
+                }
+            }));
+        }
+    }
+
+    fn accept_with(&mut self, mut take: impl FnMut(TcpStream, SocketAddr, SocketAddr) + Send + 'static) {
+        let listener = self.socket.try_clone().expect("dup");
+        let accept = move || {
+            // Ends when the socket is shut down.
+            while let Ok((stream, peer)) = listener.accept() {
+                let Ok(local) = stream.local_addr() else { continue };
+                take(stream, canonical(local), canonical(peer));
             }
         };
-        Self { socket, thread: Some(thread::spawn(serve)) }
+        self.thread = Some(thread::spawn(accept));
+    }
+
+    fn stop(&mut self) {
+        // SAFETY: a plain call on a descriptor that is open.
+        unsafe { libc::shutdown(self.socket.as_raw_fd(), libc::SHUT_RDWR) };
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
     }
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // SAFETY: a plain call on a descriptor that is open.
-        unsafe { libc::shutdown(self.socket.as_raw_fd(), libc::SHUT_RDWR) };
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
+        self.stop();
+        *self.released.0.lock().expect("no panic under the lock") = true;
+        self.released.1.notify_all();
+        for keeper in self.keepers.drain(..) {
+            let _ = keeper.join();
         }
     }
 }
@@ -360,5 +419,179 @@ impl Drop for Cgroup {
         while fs::remove_dir(&path).is_err() && start.elapsed() < PATIENCE && path.exists() {
             thread::sleep(Duration::from_millis(5));
         }
+    }
+}
+
+/// Runs a client as a process of the cgroup, in a namespace; what it read.
+pub fn call_in_cgroup(cgroup: &Path, netns: &Netns, to: SocketAddr) -> String {
+    let connect = format!("exec 3<>/dev/tcp/{}/{}; cat <&3", to.ip(), to.port());
+    let script = "echo $$ > \"$1/cgroup.procs\" && exec nsenter --net=\"/run/netns/$2\" timeout 10 bash -c \"$3\"";
+    let output = Command::new("bash")
+        .args(["-c", script, "client"])
+        .arg(cgroup)
+        .args([&netns.name, &connect])
+        .output()
+        .expect("bash");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// connect(AF_UNSPEC): the socket is as before its first connect.
+pub fn disconnect(socket: &Socket) {
+    let nowhere = libc::sockaddr { sa_family: libc::AF_UNSPEC as u16, sa_data: [0; 14] };
+    // SAFETY: a whole sockaddr of the length told.
+    let result = unsafe { libc::connect(socket.as_raw_fd(), &raw const nowhere, size_of::<libc::sockaddr>() as u32) };
+    assert_eq!(result, 0, "{}", io::Error::last_os_error());
+}
+
+/// sendto(MSG_FASTOPEN) with one byte, in place of connect.
+pub fn connect_with_fast_open(socket: &Socket, to: SocketAddr) {
+    let address = socket2::SockAddr::from(to);
+    let (fd, byte) = (socket.as_raw_fd(), b"x".as_ptr().cast());
+    // SAFETY: buffer and address are valid for the lengths told.
+    let sent = unsafe { libc::sendto(fd, byte, 1, libc::MSG_FASTOPEN, address.as_ptr().cast(), address.len()) };
+    assert_eq!(sent, 1, "{}", io::Error::last_os_error());
+}
+
+/// IP_TRANSPARENT, or its IPv6 twin: the socket may have a foreign source address.
+pub fn set_transparent(socket: &Socket, to: SocketAddr) {
+    let (level, option) = match to {
+        SocketAddr::V4(_) => (libc::SOL_IP, libc::IP_TRANSPARENT),
+        SocketAddr::V6(_) => (libc::SOL_IPV6, libc::IPV6_TRANSPARENT),
+    };
+    let on = 1i32;
+    // SAFETY: value and length are of the option's size.
+    let result = unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, (&raw const on).cast(), 4) };
+    assert_eq!(result, 0, "{}", io::Error::last_os_error());
+}
+
+/// Takes capabilities from the calling thread.
+pub fn drop_capabilities(numbers: &[u32]) {
+    use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
+    let mut sets = capabilities(None).expect("capabilities");
+    for number in numbers {
+        sets.effective.remove(CapabilitySet::from_bits_retain(1 << number));
+    }
+    set_capabilities(None, sets).expect("set capabilities");
+}
+
+/// Gives the calling thread a table of file descriptors of its own: the limit is for each table.
+pub fn own_file_table() {
+    // SAFETY: the thread's open files are copied, and from here on it opens and closes only what it made itself.
+    let result = unsafe { libc::unshare(libc::CLONE_FILES) };
+    assert_eq!(result, 0, "{}", io::Error::last_os_error());
+}
+
+/// All pins of a node, by what they are: a map's folder is `maps`, all else are links.
+fn pins(node: &Node, maps: bool) -> Vec<PathBuf> {
+    let mut folders = vec![node.options.bpffs.join("nodemesh").join(&node.options.node)];
+    let mut found = Vec::new();
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(&folder).expect("pins") {
+            let path = entry.expect("a pin").path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if folder.ends_with("maps") == maps {
+                found.push(path);
+            }
+        }
+    }
+    found
+}
+
+pub fn link_ids(node: &Node) -> Vec<u32> {
+    let mut ids: Vec<u32> = pinned_links(node).map(|link| link.id()).collect();
+    ids.sort_unstable();
+    ids
+}
+
+pub fn program_ids(node: &Node) -> Vec<u32> {
+    pinned_links(node).map(|link| link.program_id()).collect()
+}
+
+fn pinned_links(node: &Node) -> impl Iterator<Item = aya::programs::links::LinkInfo> {
+    use aya::programs::links::{FdLink, PinnedLink};
+    pins(node, false)
+        .into_iter()
+        .map(|pin| FdLink::from(PinnedLink::from_pin(pin).expect("a link")).info().expect("info"))
+}
+
+pub fn map_ids(node: &Node) -> Vec<u32> {
+    pins(node, true).into_iter().map(|pin| aya::maps::MapInfo::from_pin(pin).expect("a map").id()).collect()
+}
+
+/// How many entries a map with socket tuples as keys has.
+pub fn map_keys(node: &Node, name: &str) -> usize {
+    let path = pins(node, true).into_iter().find(|pin| pin.ends_with(name)).expect("the map's pin");
+    let data = aya::maps::MapData::from_pin(path).expect("the map");
+    let map = aya::maps::Map::from_map_data(data).expect("the map");
+    match name {
+        mesh_common::map::ATTESTED => {
+            let map = aya::maps::HashMap::<_, mesh_common::SockTuple, mesh_common::Attested>::try_from(map);
+            map.expect("a hash map").keys().count()
+        }
+        _ => {
+            let map = aya::maps::HashMap::<_, mesh_common::SockTuple, mesh_common::Addr>::try_from(map);
+            map.expect("a hash map").keys().count()
+        }
+    }
+}
+
+/// A connect4 program "foreign_conn" that lets all pass, attached as nobody does it any more: exclusively. The cgroup
+/// takes it along when it goes.
+pub fn attach_foreign_exclusively(cgroup: &Path) {
+    #[repr(C)]
+    #[derive(Default)]
+    struct Load {
+        kind: u32,
+        count: u32,
+        instructions: u64,
+        license: u64,
+        log: [u64; 2],
+        version_flags: u64,
+        name: [u8; 16],
+        ifindex: u32,
+        attach_type: u32,
+    }
+    #[repr(C)]
+    struct Attach {
+        target: u32,
+        program: u32,
+        attach_type: u32,
+        flags: u32,
+    }
+    const PROG_LOAD: u32 = 5;
+    const PROG_ATTACH: u32 = 8;
+    const SOCK_ADDR: u32 = 18;
+    const CONNECT4: u32 = 10;
+    // r0 = 1; exit
+    let instructions: [u64; 2] = [0x0000_0001_0000_00b7, 0x95];
+    let mut load = Load {
+        kind: SOCK_ADDR,
+        count: 2,
+        instructions: instructions.as_ptr() as u64,
+        license: c"GPL".as_ptr() as u64,
+        attach_type: CONNECT4,
+        ..Load::default()
+    };
+    load.name[..12].copy_from_slice(b"foreign_conn");
+    // SAFETY: a `repr(C)` prefix of the attributes of this command, its pointers valid.
+    let program = unsafe { libc::syscall(libc::SYS_bpf, PROG_LOAD, &raw mut load, size_of::<Load>()) };
+    assert!(program >= 0, "{}", io::Error::last_os_error());
+    let target = File::open(cgroup).expect("the cgroup");
+    let mut attach =
+        Attach { target: target.as_raw_fd() as u32, program: program as u32, attach_type: CONNECT4, flags: 0 };
+    // SAFETY: as above.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, PROG_ATTACH, &raw mut attach, size_of::<Attach>()) };
+    assert_eq!(result, 0, "{}", io::Error::last_os_error());
+    // SAFETY: nobody else has it.
+    drop(unsafe { <std::os::fd::OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(program as i32) });
+}
+
+/// `::ffff:a.b.c.d`
+pub fn mapped(addr: SocketAddr) -> SocketAddr {
+    match addr.ip() {
+        IpAddr::V4(v4) => SocketAddr::new(v4.to_ipv6_mapped().into(), addr.port()),
+        IpAddr::V6(_) => addr,
     }
 }

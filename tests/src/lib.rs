@@ -36,5 +36,5 @@ pub use mesh::{Mesh, Node};
 pub use netns::Netns;
 pub use pod::{Output, Pod, PodSpec};
 pub use process::{Process, tail};
-pub use sweep::sweep;
+pub use sweep::{sweep, sweep_own};
 pub use wait::{eventually, throughout};

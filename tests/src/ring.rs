@@ -81,6 +81,21 @@ impl World {
         }
     }
 
+    /// Starts what a failed case has left dead, so that the next one fails for reasons of its own only.
+    fn revive(&self) {
+        if let Some(mut controller) = self.controller.as_ref().map(lock)
+            && !controller.process().is_running()
+        {
+            controller.restart();
+        }
+        for mut agent in self.agents.iter().map(lock) {
+            agent.thaw();
+            if !agent.process().is_running() {
+                agent.restart();
+            }
+        }
+    }
+
     fn logs(&self) -> Vec<(String, String)> {
         let agents = self.agents.iter().map(|agent| {
             let agent = lock(agent);
@@ -109,6 +124,7 @@ pub fn run<T: Send + Sync + 'static>(build: fn() -> T, world: fn(&T) -> &World, 
         let shared = Arc::clone(&shared);
         Trial::test(name, move || {
             let built = shared_mesh(&shared, build)?;
+            world(&built).revive();
             let before = world(&built).logs();
             // The panic's message and place have been printed by the time it is caught.
             catch_unwind(AssertUnwindSafe(|| case(&built))).map_err(|panic| {

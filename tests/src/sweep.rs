@@ -10,19 +10,29 @@ use crate::netns;
 
 /// Removes leftovers of dead runs; returns a line for each.
 pub fn sweep() -> Vec<String> {
+    remove(left_behind)
+}
+
+/// Removes what this process has made, for a process that must end at once: its children die with it.
+pub fn sweep_own() {
+    let own = format!("{PREFIX}{}-", process::id());
+    remove(|name| name.starts_with(&own));
+}
+
+fn remove(is_ours: impl Fn(&str) -> bool) -> Vec<String> {
     let mut removed = Vec::new();
-    for name in names(Path::new("/run/netns")).filter(|name| left_behind(name)) {
+    for name in names(Path::new("/run/netns")).filter(|name| is_ours(name)) {
         netns::delete(&name);
         removed.push(format!("network namespace {name}"));
     }
-    for name in names(&cgroup2_mount()).filter(|name| left_behind(name)) {
+    for name in names(&cgroup2_mount()).filter(|name| is_ours(name)) {
         let path = cgroup2_mount().join(&name);
         if fs::remove_dir(&path).is_ok() {
             removed.push(format!("cgroup {}", path.display()));
         }
     }
     let temporary = std::env::temp_dir();
-    for name in names(&temporary).filter(|name| left_behind(name)) {
+    for name in names(&temporary).filter(|name| is_ours(name)) {
         let folder = temporary.join(&name);
         for mount in names(&folder).filter(|inner| inner.starts_with("bpf-")) {
             let _ = rustix::mount::unmount(folder.join(mount), rustix::mount::UnmountFlags::DETACH);

@@ -3,8 +3,9 @@
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -143,6 +144,25 @@ pub fn call(client: &Pod, to: SocketAddr) -> io::Result<()> {
     let stream = client.connect(to)?;
     stream.set_read_timeout(Some(Duration::from_secs(5)))?;
     ping(&stream, b"are you there?")
+}
+
+/// Sets a flag when it is dropped, so that threads which look at it end also where the case fails.
+#[derive(Debug)]
+pub struct SetOnDrop<'f>(pub &'f AtomicBool);
+
+impl Drop for SetOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Writes zeros until `done` or an error; then what time it is.
+pub fn pour(mut stream: &TcpStream, done: &AtomicBool) -> Instant {
+    loop {
+        if done.load(Ordering::Relaxed) || stream.write_all(&[0; 65536]).is_err() {
+            return Instant::now();
+        }
+    }
 }
 
 /// How an attempt to talk was turned away.

@@ -5,12 +5,12 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use mesh_tests::ring::{Case, Mode, World, meshed_only, run};
-use mesh_tests::traffic::{PATIENCE, Refusal, call, echo, echo_in, pair, ping, port, refusal};
+use mesh_tests::traffic::{PATIENCE, Refusal, SetOnDrop, call, echo, echo_in, pair, ping, port, pour, refusal};
 use mesh_tests::{Mesh, MeshMode, Pod, PodSpec, eventually};
 
 struct Services {
@@ -226,10 +226,11 @@ fn a_bulk_stream_does_not_block_a_small_one(s: &Services) {
     let (near, far) = pair(&s.client, server);
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
-        scope.spawn(|| while !done.load(Ordering::Relaxed) && (&near).write_all(&[0; 65536]).is_ok() {});
+        let stop = SetOnDrop(&done);
+        scope.spawn(|| pour(&near, &done));
         scope.spawn(|| while (&far).read(&mut [0; 65536]).is_ok_and(|n| n > 0) {});
         let worst = slow_ping(&small);
-        done.store(true, Ordering::Relaxed);
+        drop(stop);
         near.shutdown(std::net::Shutdown::Both).unwrap();
         // Two busy cores and four threads: far above what a stream of its own costs, far below a window's wait.
         assert!(worst < Duration::from_millis(100), "a ping took {worst:?}");

@@ -4,6 +4,14 @@ use anyhow::Result;
 
 use crate::run::{cargo, step};
 
+/// Builds, unless the user has named other binaries (`NODEMESH_AGENT`, `NODEMESH_MESHCTL`) to run.
+pub fn unless_named() -> Result<()> {
+    if std::env::var_os("NODEMESH_AGENT").is_some() && std::env::var_os("NODEMESH_MESHCTL").is_some() {
+        return Ok(());
+    }
+    run()
+}
+
 pub fn run() -> Result<()> {
     // Cargo shows its own progress on a terminal.
     step("build mesh-agent and meshctl (release)", cargo(&["build", "--release", "--package", "mesh-agent", "--bins"]))

@@ -48,7 +48,7 @@ pub fn run(ring: Option<Ring>, filter: Option<&str>) -> Result<()> {
         }
         setup::check()?;
         crate::sweep();
-        build::run()?;
+        build::unless_named()?;
     }
     let mut results: Vec<(Ring, Tally, Duration)> = Vec::new();
     for ring in rings {

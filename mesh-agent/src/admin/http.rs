@@ -15,8 +15,8 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Semaphore;
-use tokio_util::either::Either;
 
 use super::AdminError;
 use crate::lifecycle::Readiness;
@@ -41,14 +41,17 @@ pub fn bind(address: SocketAddr, purpose: &str, flag: &str) -> Result<TcpListene
             io::ErrorKind::PermissionDenied => "that needs root".to_owned(),
             _ => e.to_string(),
         };
-        AdminError::new(e.kind(), format!("cannot listen on {address} for {purpose}: {reason}; choose another with {flag}"))
+        AdminError::new(
+            e.kind(),
+            format!("cannot listen on {address} for {purpose}: {reason}; choose another with {flag}"),
+        )
     })
 }
 
 /// `/metrics` and `/stats/prometheus`, until the future is dropped.
 pub async fn serve_metrics(listener: TcpListener, metrics: Metrics) -> io::Result<()> {
     let listener = tokio::net::TcpListener::from_std(listener)?;
-    serve(Listener::Tcp(listener), move |request: Request<Incoming>| {
+    serve(listener, move |request: Request<Incoming>| {
         let metrics = metrics.clone();
         async move {
             match (request.method(), request.uri().path()) {
@@ -66,7 +69,7 @@ pub async fn serve_metrics(listener: TcpListener, metrics: Metrics) -> io::Resul
 /// `/healthz/ready`, until the future is dropped.
 pub async fn serve_readiness(listener: TcpListener, readiness: Readiness) -> io::Result<()> {
     let listener = tokio::net::TcpListener::from_std(listener)?;
-    serve(Listener::Tcp(listener), move |request: Request<Incoming>| {
+    serve(listener, move |request: Request<Incoming>| {
         let waiting = readiness.waiting_for();
         async move {
             match (request.method(), request.uri().path()) {
@@ -84,35 +87,40 @@ pub async fn serve_readiness(listener: TcpListener, readiness: Readiness) -> io:
     .await
 }
 
-/// Where requests come from.
-pub(super) enum Listener {
-    Tcp(tokio::net::TcpListener),
-    Unix(tokio::net::UnixListener),
+/// What TCP and Unix listeners have in common.
+pub(super) trait Accept {
+    type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
+
+    fn accept_stream(&self) -> impl Future<Output = io::Result<Self::Stream>> + Send;
 }
 
-impl Listener {
-    async fn accept(&self) -> io::Result<Either<tokio::net::TcpStream, tokio::net::UnixStream>> {
-        match self {
-            Self::Tcp(listener) => listener.accept().await.map(|(stream, _)| Either::Left(stream)),
-            Self::Unix(listener) => listener.accept().await.map(|(stream, _)| Either::Right(stream)),
-        }
+impl Accept for tokio::net::TcpListener {
+    type Stream = tokio::net::TcpStream;
+
+    async fn accept_stream(&self) -> io::Result<Self::Stream> {
+        self.accept().await.map(|(stream, _)| stream)
+    }
+}
+
+impl Accept for tokio::net::UnixListener {
+    type Stream = tokio::net::UnixStream;
+
+    async fn accept_stream(&self) -> io::Result<Self::Stream> {
+        self.accept().await.map(|(stream, _)| stream)
     }
 }
 
 /// Accepts and answers for ever. Only an error of the listener itself ends it.
-pub(super) async fn serve<F>(
-    listener: Listener,
+pub(super) async fn serve<F: Future<Output = Page> + Send + 'static>(
+    listener: impl Accept,
     answer: impl Fn(Request<Incoming>) -> F + Clone + Send + Sync + 'static,
-) -> io::Result<()>
-where
-    F: Future<Output = Page> + Send + 'static,
-{
+) -> io::Result<()> {
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     // Dropped with this future, which ends all connections.
     let mut connections = tokio::task::JoinSet::new();
     loop {
         let place = places.clone().acquire_owned().await.expect("the semaphore is never closed");
-        let stream = match listener.accept().await {
+        let stream = match listener.accept_stream().await {
             Ok(stream) => stream,
             Err(error) if is_of_one_connection(&error) => continue,
             // Another part of the process has used up the descriptors; the connection waits in the backlog meanwhile.

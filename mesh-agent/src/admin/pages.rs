@@ -7,7 +7,7 @@ use hyper::body::Incoming;
 use hyper::{Method, Request, StatusCode};
 use serde::Serialize;
 
-use super::http::{Listener, Page, not_allowed, not_found, page, serve, text};
+use super::http::{Page, not_allowed, not_found, page, serve, text};
 use super::views::LoggingView;
 use super::{AdminSocket, AdminState};
 
@@ -26,7 +26,7 @@ const PAGES: [&str; 9] = [
 /// Answers on `socket` until the future is dropped, which takes the socket away.
 pub async fn serve_admin(socket: AdminSocket, state: Arc<AdminState>) -> io::Result<()> {
     let listener = socket.listener()?;
-    serve(Listener::Unix(listener), move |request| {
+    serve(listener, move |request: Request<Incoming>| {
         let state = state.clone();
         async move { answer(&state, &request).await }
     })

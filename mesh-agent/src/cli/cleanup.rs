@@ -5,6 +5,7 @@ use std::os::unix::net::UnixStream;
 
 use super::exit::Failure;
 use crate::config::Cleanup;
+use crate::enrollment;
 use crate::redirect::{Options, Redirect};
 
 /// Says on `out` what was removed, a line each.
@@ -18,14 +19,10 @@ pub(super) fn cleanup(config: &Cleanup, out: &mut impl Write) -> anyhow::Result<
         ))
         .into());
     }
-    let removed = Redirect::cleanup(&Options {
-        bpffs: bpffs.clone(),
-        node: node_name.clone(),
-        cgroup: cgroup.clone(),
-        probe_cgroup: None,
-        kernel_log: false,
-        original_dst_entries: 0,
-    })?;
+    let options = Options { bpffs: bpffs.clone(), cgroup: cgroup.clone(), ..Options::new(node_name) };
+    let mut restored = Vec::new();
+    let mut removed = Redirect::cleanup_with(&options, |pods| restored = enrollment::restore_all(pods))?;
+    removed.append(&mut restored);
     for line in &removed {
         writeln!(out, "{line}")?;
     }

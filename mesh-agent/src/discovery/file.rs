@@ -34,20 +34,24 @@ const CLOCK_TICK: Duration = Duration::from_secs(2);
 /// The files of a directory as they were last seen.
 pub(super) struct Directory {
     path: PathBuf,
+    root_namespace: Arc<str>,
     files: BTreeMap<PathBuf, File>,
 }
 
+#[derive(Default)]
 struct File {
     stamp: Stamp,
     /// It may have changed since without a change of its stamp.
     hasty: bool,
     content: Option<u64>,
     objects: Vec<Object>,
+    /// What closes while the file has never been read.
+    stand_ins: Vec<Object>,
     problem: Option<Problem>,
 }
 
 /// Changes whenever the file does.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
 struct Stamp {
     device: u64,
     inode: u64,
@@ -79,7 +83,8 @@ struct Tree {
 }
 
 impl Directory {
-    pub fn open(path: &Path) -> Result<Self, DiscoveryError> {
+    /// Policies of `root_namespace` hold for the whole mesh.
+    pub fn open(path: &Path, root_namespace: &Arc<str>) -> Result<Self, DiscoveryError> {
         let unreadable = |source| DiscoveryError::Unreadable { directory: path.into(), source };
         match std::fs::metadata(path) {
             Err(e) if e.kind() == ErrorKind::NotFound => return Err(DiscoveryError::Missing(path.into())),
@@ -88,7 +93,7 @@ impl Directory {
             Ok(_) => {}
         }
         std::fs::read_dir(path).map_err(unreadable)?;
-        Ok(Self { path: path.into(), files: BTreeMap::new() })
+        Ok(Self { path: path.into(), root_namespace: root_namespace.clone(), files: BTreeMap::new() })
     }
 
     /// Looks at all files, reads those that changed.
@@ -112,7 +117,7 @@ impl Directory {
             let known = self.files.remove(&path);
             let file = match known {
                 Some(known) if known.stamp == stamp && !known.hasty => known,
-                known => read(&self.path, &path, stamp, known),
+                known => self.read(&path, stamp, known),
             };
             self.files.insert(path, file);
         }
@@ -121,8 +126,58 @@ impl Directory {
             problems.push(of_file(self.path.display().to_string(), Severity::Warning, message));
         }
         problems.extend(self.files.values().filter_map(|f| f.problem.clone()));
-        let objects = self.files.values().flat_map(|f| f.objects.iter().cloned()).collect();
+        let objects = self.files.values().flat_map(|f| f.objects.iter().chain(&f.stand_ins).cloned()).collect();
         Scan { objects, problems }
+    }
+
+    /// Reads a file that is new or changed. What cannot be read keeps the objects of `known`.
+    fn read(&self, path: &Path, stamp: Stamp, known: Option<File>) -> File {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let changed = Duration::from_secs(stamp.changed.0.max(0).unsigned_abs());
+        let hasty = now.saturating_sub(changed) < CLOCK_TICK;
+        let name = path.display().to_string();
+        let bytes = match contents(&self.path.join(path), stamp) {
+            Ok(bytes) => bytes,
+            Err(message) => {
+                let problem = of_file(name, Severity::Error, message);
+                return self.kept(File { stamp, hasty, content: None, ..File::default() }, known, &[], problem);
+            }
+        };
+        let mut hasher = DefaultHasher::new();
+        bytes.hash(&mut hasher);
+        let content = Some(hasher.finish());
+        let file = File { stamp, hasty, content, ..File::default() };
+        match known {
+            // Written again as it was. What is not parsed again is not translated again either.
+            Some(same) if same.content == content => File { stamp, hasty, ..same },
+            known => match parse(&name, &bytes) {
+                Ok(objects) => File { objects, ..file },
+                Err(problem) => self.kept(file, known, &bytes, problem),
+            },
+        }
+    }
+
+    /// A file that cannot be read: with what was good of it, or what closes in its place.
+    fn kept(&self, file: File, known: Option<File>, bytes: &[u8], mut problem: Problem) -> File {
+        let objects = known.map(|k| k.objects).unwrap_or_default();
+        let name = problem.object.file.split(':').next().unwrap_or_default();
+        let stand_ins = match objects.is_empty() {
+            true => translate::closed(name, bytes, &self.root_namespace),
+            false => Vec::new(),
+        };
+        let namespaces: BTreeSet<&str> = stand_ins.iter().map(|o| o.reference().namespace.as_str()).collect();
+        let outcome = if !objects.is_empty() {
+            "the last good state of the file stays in force".to_owned()
+        } else if namespaces.is_empty() {
+            "nothing of the file is in force".to_owned()
+        } else if namespaces.contains(&*self.root_namespace) {
+            "since it holds policies, the whole mesh is closed until it is mended".to_owned()
+        } else {
+            let names = namespaces.into_iter().collect::<Vec<_>>().join(", ");
+            format!("since it holds policies, the pods of {names} are closed until it is mended")
+        };
+        problem.message = format!("{}; {outcome}", problem.message);
+        File { objects, stand_ins, problem: Some(problem), ..file }
     }
 }
 
@@ -164,40 +219,6 @@ fn walk(root: &Path, folder: &Path, depth: usize, tree: &mut Tree) {
             Err(e) if e.kind() == ErrorKind::NotFound && !path.is_symlink() => {}
             Err(e) if is_manifest => tree.blind.push((relative(&path), e)),
             Err(_) => {}
-        }
-    }
-}
-
-/// Reads a file that is new or changed. What cannot be read keeps the objects of `known`.
-fn read(root: &Path, path: &Path, stamp: Stamp, known: Option<File>) -> File {
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    let changed = Duration::from_secs(stamp.changed.0.max(0).unsigned_abs());
-    let hasty = now.saturating_sub(changed) < CLOCK_TICK;
-    let name = path.display().to_string();
-    let mut content = None;
-    let outcome = match contents(&root.join(path), stamp) {
-        Err(message) => Err(of_file(name, Severity::Error, message)),
-        Ok(bytes) => {
-            let mut hasher = DefaultHasher::new();
-            bytes.hash(&mut hasher);
-            content = Some(hasher.finish());
-            match known {
-                // Written again as it was. What is not parsed again is not translated again either.
-                Some(same) if same.content == content => return File { stamp, hasty, ..same },
-                _ => parse(&name, &bytes),
-            }
-        }
-    };
-    match outcome {
-        Ok(objects) => File { stamp, hasty, content, objects, problem: None },
-        Err(mut problem) => {
-            let objects = known.map(|k| k.objects).unwrap_or_default();
-            let stays = match objects.is_empty() {
-                true => "nothing of the file is in force",
-                false => "the last good state of the file stays in force",
-            };
-            problem.message = format!("{}; {stays}", problem.message);
-            File { stamp, hasty, content, objects, problem: Some(problem) }
         }
     }
 }

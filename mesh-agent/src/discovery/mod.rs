@@ -59,7 +59,7 @@ pub enum DiscoveryError {
 /// Reads the directory and goes on to watch it. When this returns, the snapshot is already what the directory says.
 pub fn start(options: Options) -> Result<Sources, DiscoveryError> {
     let Options { directory, settings, rescan } = options;
-    let mut files = Directory::open(&directory)?;
+    let mut files = Directory::open(&directory, &settings.root_namespace)?;
     let (mut store, published) = Store::new(settings);
     let scan = files.scan();
     store.take(&scan.objects, scan.problems);
@@ -76,7 +76,7 @@ pub fn start(options: Options) -> Result<Sources, DiscoveryError> {
 
 /// Reads the directory once: for `meshctl analyze` and tests.
 pub fn load_once(directory: &Path, settings: Settings) -> Result<(Arc<Snapshot>, Arc<Vec<Problem>>), DiscoveryError> {
-    let scan = Directory::open(directory)?.scan();
+    let scan = Directory::open(directory, &settings.root_namespace)?.scan();
     let (mut store, published) = Store::new(settings);
     store.take(&scan.objects, scan.problems);
     let problems = published.problems.borrow().clone();

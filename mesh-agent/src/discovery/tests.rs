@@ -178,6 +178,47 @@ async fn a_broken_file_keeps_its_last_good_state() {
 }
 
 #[tokio::test]
+async fn a_policy_file_that_was_never_readable_closes_what_it_speaks_of() {
+    let policy = |namespace: &str| {
+        format!(
+            "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{ name: p{namespace} }}\nspec: {{ rules: [{{}}] }}\n"
+        )
+    };
+    let pods =
+        format!("{}---\n{}", pod("a", "10.0.0.1"), pod("b", "10.0.0.2").replace("name: b", "name: b, namespace: shop"));
+    let denied = |mesh: &Mesh| -> Vec<String> {
+        let snapshot = mesh.sources.snapshot.load();
+        let of = |w: &Arc<crate::model::Workload>| {
+            w.policies.policies.iter().map(|p| format!("{} {:?}", w.name, p.action)).collect::<Vec<_>>()
+        };
+        snapshot.workloads().flat_map(of).collect()
+    };
+    for (namespace, closed, outcome) in [
+        (", namespace: shop", &["b Deny"][..], "the pods of shop are closed"),
+        ("", &["a Deny", "b Deny"], "the whole mesh is closed"),
+    ] {
+        let broken = format!("{}---\na: [", policy(namespace));
+        let mut mesh = Mesh::with(&[("pods.yaml", &pods), ("policies.yaml", &broken)]);
+        assert_eq!(denied(&mesh), closed);
+        assert!(
+            mesh.problems()[0].ends_with(&format!("since it holds policies, {outcome} until it is mended")),
+            "{:?}",
+            mesh.problems()
+        );
+        // Broken in another way: still never read.
+        write(&mesh.path("policies.yaml"), &format!("{broken} ["));
+        mesh.sources.problems.mark_unchanged();
+        write(&mesh.path("policies.yaml"), &policy(", namespace: shop"));
+        mesh.until_problem(None).await;
+        assert_eq!(denied(&mesh), ["b Allow"]);
+        // Now that it was read, breaking it closes no more than it did.
+        write(&mesh.path("policies.yaml"), &broken);
+        mesh.until_problem(Some("the last good state of the file stays in force")).await;
+        assert_eq!(denied(&mesh), ["b Allow"]);
+    }
+}
+
+#[tokio::test]
 async fn a_broken_object_keeps_its_last_good_version() {
     let two = |ip: &str| format!("{}---\n{}", pod("a", ip), pod("b", ip.strip_suffix('x').unwrap_or("10.0.0.2")));
     let mut mesh = Mesh::with(&[("mesh.yaml", &two("10.0.0.1"))]);

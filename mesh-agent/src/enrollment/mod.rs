@@ -7,4 +7,4 @@ mod routes;
 
 pub use netns::{Netns, NetnsError};
 pub use pods::{EnrolledPod, Enrollment, Inputs, PodEvent, PodStatus, Settled};
-pub use routes::{RoutesError, restore};
+pub use routes::{RoutesError, restore_all};

@@ -11,6 +11,7 @@ use std::sync::OnceLock;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use socket2::{Domain, Protocol, Socket, Type};
 
+use crate::proxy::transport::io::{Use, bound_buffers};
 use crate::redirect::NetnsCookie;
 
 /// The namespace that this process was started in; every thread of ours is at home there.
@@ -135,6 +136,12 @@ fn listen(port: u16) -> io::Result<TcpListener> {
     socket.set_reuse_address(true)?;
     // Accepted sockets inherit it: small answers must not wait for more.
     socket.set_tcp_nodelay(true)?;
+    let what_for = match port {
+        mesh_common::OUTBOUND_PORT => Use::Local,
+        mesh_common::HBONE_PORT => Use::Tunnel,
+        _ => Use::Plain,
+    };
+    bound_buffers(&socket, what_for)?;
     socket.bind(&any.into())?;
     socket.listen(4096)?;
     Ok(socket.into())

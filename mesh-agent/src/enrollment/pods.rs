@@ -94,9 +94,12 @@ struct Pod {
 }
 
 enum State {
-    /// A task is at it.
-    Joining,
+    /// A task is at it; what hindered it before, if something did.
+    Joining(Option<String>),
+    /// Waits for the next tick.
     Failed(String),
+    /// The tick has come.
+    Due(String),
     Enrolled {
         pod: Arc<EnrolledPod>,
         legacy: HashSet<Tuple>,
@@ -172,7 +175,7 @@ impl Enrollment {
         let leaving: Vec<Arc<str>> = pods
             .iter()
             .filter(|(uid, pod)| !wanted.get(*uid).is_some_and(|w| same_place(w, &pod.workload)))
-            .filter(|(_, pod)| !matches!(pod.state, State::Joining))
+            .filter(|(_, pod)| !matches!(pod.state, State::Joining(_)))
             .map(|(uid, _)| uid.clone())
             .collect();
         for uid in leaving {
@@ -182,11 +185,13 @@ impl Enrollment {
             self.leave(pods, pod, gone);
         }
         for (uid, workload) in wanted {
-            // What failed is still in the map, until the tick takes it out.
-            if !pods.contains_key(&uid) {
-                joining.spawn(join(workload.clone(), self.inputs.redirect.clone(), self.inputs.certificates.clone()));
-                pods.insert(uid, Pod { workload, state: State::Joining });
-            }
+            let before = match pods.get(&uid).map(|pod| &pod.state) {
+                None => None,
+                Some(State::Due(problem)) => Some(problem.clone()),
+                Some(State::Joining(_) | State::Failed(_) | State::Enrolled { .. }) => continue,
+            };
+            joining.spawn(join(workload.clone(), self.inputs.redirect.clone(), self.inputs.certificates.clone()));
+            pods.insert(uid, Pod { workload, state: State::Joining(before) });
         }
     }
 
@@ -204,8 +209,13 @@ impl Enrollment {
                 State::Enrolled { pod, legacy }
             }
             Err(e) => {
-                tracing::warn!(pod = name, "cannot enrol: {e}; it is tried again each second");
-                State::Failed(e.to_string())
+                let problem = e.to_string();
+                let before = pods.get(&workload.uid).map(|pod| &pod.state);
+                // Said once, not each second.
+                if !matches!(before, Some(State::Joining(Some(said))) if *said == problem) {
+                    tracing::warn!(pod = name, "cannot enrol: {problem}; it is tried again each second");
+                }
+                State::Failed(problem)
             }
         };
         pods.insert(workload.uid.clone(), Pod { workload, state });
@@ -236,8 +246,8 @@ impl Enrollment {
         let mut lost = Vec::new();
         for (uid, pod) in pods.iter_mut() {
             match &mut pod.state {
-                State::Joining => {}
-                State::Failed(_) => lost.push(uid.clone()),
+                State::Joining(_) | State::Due(_) => {}
+                State::Failed(problem) => pod.state = State::Due(std::mem::take(problem)),
                 State::Enrolled { pod: enrolled, legacy } => {
                     if !enrolled.netns.is_there() {
                         lost.push(uid.clone());
@@ -252,12 +262,9 @@ impl Enrollment {
         }
         for uid in lost {
             let Some(pod) = pods.remove(&uid) else { continue };
-            // A pod that failed starts anew; its certificate is still wanted.
-            if matches!(pod.state, State::Enrolled { .. }) {
-                let path = pod.workload.netns.clone().unwrap_or_default();
-                tracing::warn!(pod = %pod.workload.name, "the network namespace {} has vanished", path.display());
-                self.leave(pods, pod, true);
-            }
+            let path = pod.workload.netns.clone().unwrap_or_default();
+            tracing::warn!(pod = %pod.workload.name, "the network namespace {} has vanished", path.display());
+            self.leave(pods, pod, true);
         }
     }
 
@@ -266,11 +273,11 @@ impl Enrollment {
             .values()
             .filter_map(|pod| match &pod.state {
                 State::Enrolled { pod, .. } => Some(pod.netns.cookie()),
-                State::Joining | State::Failed(_) => None,
+                State::Joining(_) | State::Failed(_) | State::Due(_) => None,
             })
             .collect();
         // A wanted pod that could not be taken in stays closed, as the agent before us left it.
-        if pods.values().any(|pod| matches!(pod.state, State::Failed(_))) {
+        if pods.values().any(|pod| matches!(pod.state, State::Failed(_) | State::Due(_))) {
             return;
         }
         match self.inputs.redirect.enrolled() {
@@ -348,8 +355,10 @@ async fn restore_when_quiet(netns: Arc<Netns>) {
 fn status(pod: &Pod) -> PodStatus {
     let Workload { uid, namespace, name, addresses, .. } = &*pod.workload;
     let (enrolled, problem, legacy) = match &pod.state {
-        State::Joining => (false, Some("it is being taken in".to_owned()), 0),
-        State::Failed(problem) => (false, Some(problem.clone()), 0),
+        State::Joining(None) => (false, Some("it is being taken in".to_owned()), 0),
+        State::Joining(Some(problem)) | State::Failed(problem) | State::Due(problem) => {
+            (false, Some(problem.clone()), 0)
+        }
         State::Enrolled { legacy, .. } => (true, None, legacy.len() as u64),
     };
     PodStatus {

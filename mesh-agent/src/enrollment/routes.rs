@@ -86,12 +86,38 @@ pub fn restore_unwanted(netns: &Netns) -> Result<(), RoutesError> {
     if wanted.contains(&netns.cookie()) { Ok(()) } else { restore(netns) }
 }
 
+/// Takes back what an agent that is gone did in these pods. They are found by looking at every network namespace of the
+/// machine: what else would know them may be gone too. Returns what was done, a line each.
+pub fn restore_all(pods: &[NetnsCookie]) -> Vec<String> {
+    let mut left: BTreeSet<NetnsCookie> = pods.iter().copied().collect();
+    let named = ["/run/netns", "/run/docker/netns"].map(std::path::Path::new).map(children).into_iter().flatten();
+    let of_processes = children(std::path::Path::new("/proc")).into_iter().map(|process| process.join("ns/net"));
+    let mut lines = Vec::new();
+    for path in named.chain(of_processes) {
+        if left.is_empty() {
+            break;
+        }
+        let Ok(netns) = Netns::open(&path) else { continue };
+        if left.remove(&netns.cookie()) {
+            lines.push(match restore(&netns) {
+                Ok(()) => format!("took back routes and rules in {}", path.display()),
+                Err(e) => e.to_string(),
+            });
+        }
+    }
+    lines
+}
+
+fn children(folder: &std::path::Path) -> Vec<std::path::PathBuf> {
+    std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path()).collect()
+}
+
 fn wanted() -> MutexGuard<'static, BTreeSet<NetnsCookie>> {
     WANTED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Takes back what `prepare` did; what is gone already is no error.
-pub fn restore(netns: &Netns) -> Result<(), RoutesError> {
+fn restore(netns: &Netns) -> Result<(), RoutesError> {
     inside(netns, |handle, v6| async move {
         for (what, family) in families(v6) {
             deleted(handle.rule().del(rule(family)).execute().await).map_err(|e| (what, e))?;

@@ -15,13 +15,13 @@ use tokio::sync::{Notify, watch};
 use super::certificates::{Authority, SignFuture};
 use super::csr::{CsrError, VerifiedCsr};
 use super::files::{self, FileError};
-use super::issuer::{CA_CERT, CERT_CHAIN, INTERMEDIATE_LIFE, IssuerError, SigningCa};
+use super::issuer::{CA_CERT, CERT_CHAIN, INTERMEDIATE_LIFE, IssuerError, ROOT_CERT, ROOT_LIFE, SigningCa};
 use super::root_rotation::{Pace, Phases};
 use super::{Bundle, BundleError, Clock};
 use crate::model::{SpiffeId, TrustDomain};
 
 /// A shorter life would be spent on renewing.
-pub const MIN_LIFETIME: Duration = Duration::from_secs(60);
+pub const MIN_LIFETIME: Duration = Duration::from_secs(10);
 pub const DEFAULT_LIFETIME: Duration = Duration::from_secs(24 * 3600);
 
 const STATE: &str = "state.json";
@@ -164,14 +164,14 @@ impl Ca {
         names: &[String],
     ) -> Result<(Vec<CertificateDer<'static>>, SystemTime), CaError> {
         let (ca, now) = self.active()?;
-        let not_after = (now + self.options.lifetime).min(ca.not_after);
+        let not_after = (now + self.options.lifetime).min(ca.not_after());
         Ok((ca.sign_server(key, names, self.options.lifetime, now)?, not_after))
     }
 
     fn active(&self) -> Result<(Arc<SigningCa>, SystemTime), CaError> {
         let (inner, now) = (self.inner(), self.options.clock.now());
         let ca = inner.signing().clone();
-        if ca.not_after <= now { Err(CaError::Expired(ca.dir().join(CA_CERT))) } else { Ok((ca, now)) }
+        if ca.not_after() <= now { Err(CaError::Expired(ca.dir().join(CA_CERT))) } else { Ok((ca, now)) }
     }
 
     /// Begins the change to a new root, and answers with its fingerprint. Nothing that is connected notices.
@@ -179,11 +179,15 @@ impl Ca {
         if self.options.brought.is_some() {
             return Err(CaError::Brought);
         }
-        let now = self.options.clock.now();
         let mut inner = self.inner();
         if let Some(next) = &inner.phases.announced {
             return Err(CaError::UnderWay(next.generation));
         }
+        self.announce_root(&mut inner)
+    }
+
+    fn announce_root(&self, inner: &mut Inner) -> Result<String, CaError> {
+        let now = self.options.clock.now();
         let number = inner.phases.next_number();
         let dir = generation_dir(&self.options.state_dir, number);
         SigningCa::create(&dir, &self.options.trust_domain, now)?;
@@ -194,7 +198,7 @@ impl Ca {
         let mut phases = inner.phases.clone();
         phases.announce(number, nodes, now);
         inner.generations.insert(number, Arc::new(ca));
-        self.adopt(&mut inner, phases)?;
+        self.adopt(inner, phases)?;
         tracing::info!(root = %fingerprint, "a new root is announced; it signs when all nodes trust it");
         Ok(fingerprint)
     }
@@ -218,20 +222,26 @@ impl Ca {
         self.inner().nodes.keys().cloned().collect()
     }
 
-    /// Does what is due: the phases of a root's change, and a new intermediate when a third of its life is left.
+    /// Does what is due: the phases of a root's change, a new intermediate when a third of its life is left, a new root when
+    /// a tenth is. What the user has brought is only watched.
     pub fn advance(&self) -> Result<(), CaError> {
-        if self.options.brought.is_some() {
-            return Ok(());
-        }
         let now = self.options.clock.now();
         let mut inner = self.inner();
+        if self.options.brought.is_some() {
+            let (ca, month) = (inner.signing(), Duration::from_secs(30 * 86_400));
+            if now + month >= ca.not_after() {
+                let at = super::rfc3339(ca.not_after());
+                tracing::warn!(dir = %ca.dir().display(), "the CA that you have brought expires at {at}; bring a new one");
+            }
+            return Ok(());
+        }
         let mut phases = inner.phases.clone();
         if phases.advance(now, self.options.pace()) {
             tracing::info!(signing = phases.active, trusted = ?phases.trusted(), "the change of the root goes on");
             self.adopt(&mut inner, phases)?;
         }
         let old = inner.signing().clone();
-        if now + INTERMEDIATE_LIFE / 3 >= old.not_after {
+        if now + INTERMEDIATE_LIFE / 3 >= old.chain_not_after {
             let mut phases = inner.phases.clone();
             let number = phases.next_number();
             let dir = generation_dir(&self.options.state_dir, number);
@@ -242,6 +252,9 @@ impl Ca {
             inner.generations.insert(number, Arc::new(ca));
             self.adopt(&mut inner, phases)?;
             tracing::info!("the intermediate has been renewed");
+        }
+        if inner.phases.announced.is_none() && now + ROOT_LIFE / 10 >= inner.signing().root_not_after {
+            self.announce_root(&mut inner)?;
         }
         Ok(())
     }
@@ -279,10 +292,7 @@ impl Ca {
         let dropped: Vec<u64> = inner.generations.keys().copied().filter(|number| !trusted.contains(number)).collect();
         for number in dropped {
             inner.generations.remove(&number);
-            let dir = generation_dir(&self.options.state_dir, number);
-            if let Err(problem) = fs::remove_dir_all(&dir) {
-                tracing::warn!(dir = %dir.display(), %problem, "an old generation of the CA can't be removed");
-            }
+            remove_generation(&self.options.state_dir, number);
         }
         let bundle = bundle(inner)?;
         self.roots.send_if_modified(|known| {
@@ -335,6 +345,13 @@ fn generation_dir(state_dir: &Path, number: u64) -> PathBuf {
     state_dir.join(format!("ca-{number}"))
 }
 
+fn remove_generation(state_dir: &Path, number: u64) {
+    let dir = generation_dir(state_dir, number);
+    if let Err(problem) = fs::remove_dir_all(&dir) {
+        tracing::warn!(dir = %dir.display(), %problem, "an old generation of the CA can't be removed; remove it by hand");
+    }
+}
+
 fn write_phases(state_dir: &Path, phases: &Phases) -> Result<(), FileError> {
     let text = serde_json::to_vec_pretty(phases).expect("phases are plain data");
     files::write_private(&state_dir.join(STATE), &text)
@@ -348,6 +365,25 @@ fn lock(path: &Path) -> Result<File, CaError> {
         Err(fs::TryLockError::WouldBlock) => Err(CaError::Locked(path.to_owned())),
         Err(fs::TryLockError::Error(source)) => Err(failed(source).into()),
     }
+}
+
+/// The roots that a join token pins. Takes no lock, so that tokens can be made beside a controller that runs; makes the CA
+/// where there is none yet.
+pub fn trusted_roots(options: &CaOptions) -> Result<Bundle, CaError> {
+    if let Some(dir) = &options.brought {
+        return Ok(Bundle::new(SigningCa::load(dir, &options.trust_domain, options.clock.now())?.roots)?);
+    }
+    let path = options.state_dir.join(STATE);
+    let phases: Phases = match files::read(&path) {
+        Ok(text) => serde_json::from_str(&text).map_err(|e| CaError::State { path, problem: e.to_string() })?,
+        Err(e) if e.is_missing() => return Ok(Ca::open(options.clone())?.bundle()),
+        Err(e) => return Err(e.into()),
+    };
+    let pems = phases
+        .trusted()
+        .into_iter()
+        .map(|number| files::read(&generation_dir(&options.state_dir, number).join(ROOT_CERT)));
+    Ok(Bundle::from_pem(&pems.collect::<Result<String, _>>()?)?)
 }
 
 type Generations = BTreeMap<u64, Arc<SigningCa>>;
@@ -377,13 +413,29 @@ fn open_own(options: &CaOptions, now: SystemTime) -> Result<(Phases, Generations
         return Err(broken("it was written by another version of the agent".to_owned()));
     }
     // First, since what fell due while nothing ran may have expired meanwhile and would not load.
+    let before = phases.trusted();
     if phases.advance(now, options.pace()) {
         write_phases(&options.state_dir, &phases)?;
     }
+    let load = |number| SigningCa::load(&generation_dir(&options.state_dir, number), &options.trust_domain, now);
     let mut generations = BTreeMap::new();
     for number in phases.trusted() {
-        let ca = SigningCa::load(&generation_dir(&options.state_dir, number), &options.trust_domain, now)?;
+        let (number, ca) = match load(number) {
+            // Nothing ran for so long that the intermediate has expired; the root can sign another.
+            Err(IssuerError::Expired { path, .. }) if number == phases.active && path.ends_with(CA_CERT) => {
+                let (old, next) = (generation_dir(&options.state_dir, number), phases.next_number());
+                SigningCa::create_under(&generation_dir(&options.state_dir, next), &old, &options.trust_domain, now)?;
+                let ca = load(next)?;
+                phases.active = next;
+                write_phases(&options.state_dir, &phases)?;
+                (next, ca)
+            }
+            loaded => (number, loaded?),
+        };
         generations.insert(number, Arc::new(ca));
+    }
+    for dropped in before.iter().filter(|number| !generations.contains_key(number)) {
+        remove_generation(&options.state_dir, *dropped);
     }
     Ok((phases, generations))
 }

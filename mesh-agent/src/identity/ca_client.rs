@@ -86,8 +86,8 @@ pub struct CaClient {
     /// The address that has answered last.
     preferred: AtomicUsize,
     credential: Credential,
-    /// The fingerprint of the join token.
-    pin: Option<String>,
+    /// The fingerprints of the join token; none with Istio.
+    pins: Vec<String>,
     roots: Arc<watch::Sender<Option<Bundle>>>,
     state: PathBuf,
     deadline: Duration,
@@ -99,7 +99,7 @@ pub struct CaClient {
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Learnt {
-    pin: Option<String>,
+    pins: Vec<String>,
     roots_pem: String,
 }
 
@@ -109,26 +109,26 @@ impl CaClient {
         let CaClientOptions { addresses, credential, state_dir, deadline } = options;
         files::create_private_dir(&state_dir)?;
         let state = state_dir.join(ROOTS);
-        let (pin, given) = match &credential {
+        let (pins, given) = match &credential {
             Credential::Join { token, node } => {
                 let claims = Claims::read(token)?;
                 if claims.node != *node {
                     return Err(TokenError::OtherNode { token: claims.node, here: node.clone() }.into());
                 }
-                (Some(claims.root), None)
+                (claims.roots, None)
             }
             Credential::Istio { token_file: _, root_file } => {
                 let failed = |source| CaClientError::Roots { path: root_file.clone(), source };
-                (None, Some(Bundle::from_pem(&files::read(root_file)?).map_err(failed)?))
+                (Vec::new(), Some(Bundle::from_pem(&files::read(root_file)?).map_err(failed)?))
             }
         };
         let known = match given {
             Some(bundle) => Some(bundle),
-            None => read_learnt(&state, &pin)?,
+            None => read_learnt(&state, &pins)?,
         };
         let roots = Arc::new(watch::Sender::new(known));
         let verifier = ControllerVerifier {
-            pin: pin.clone(),
+            pins: pins.clone(),
             roots: roots.clone(),
             name: matches!(credential, Credential::Join { .. })
                 .then(|| ServerName::try_from(CONTROLLER_NAME).expect("the name is a DNS name")),
@@ -151,7 +151,7 @@ impl CaClient {
             return Err(CaClientError::NoAddress);
         }
         let (preferred, learning) = (AtomicUsize::new(0), Mutex::new(()));
-        Ok(Arc::new(Self { channels, preferred, credential, pin, roots, state, deadline, learning }))
+        Ok(Arc::new(Self { channels, preferred, credential, pins, roots, state, deadline, learning }))
     }
 
     /// Keeps the roots fresh. Our controller lets a new root sign only when every node has said here that it trusts it,
@@ -249,7 +249,7 @@ impl CaClient {
         if self.roots.borrow().as_ref() == Some(&bundle) {
             return Ok(false);
         }
-        let learnt = Learnt { pin: self.pin.clone(), roots_pem: bundle.pem() };
+        let learnt = Learnt { pins: self.pins.clone(), roots_pem: bundle.pem() };
         let text = serde_json::to_vec_pretty(&learnt).expect("roots are plain data");
         if let Err(problem) = files::write_private(&self.state, &text) {
             // They are right nevertheless; only a restart would have to begin with the token's root again.
@@ -304,7 +304,7 @@ impl Failure {
     }
 }
 
-fn read_learnt(path: &std::path::Path, pin: &Option<String>) -> Result<Option<Bundle>, CaClientError> {
+fn read_learnt(path: &std::path::Path, pins: &[String]) -> Result<Option<Bundle>, CaClientError> {
     let text = match files::read(path) {
         Ok(text) => text,
         Err(e) if e.is_missing() => return Ok(None),
@@ -312,7 +312,7 @@ fn read_learnt(path: &std::path::Path, pin: &Option<String>) -> Result<Option<Bu
     };
     let broken = |problem: String| CaClientError::State { path: path.to_owned(), problem };
     let learnt: Learnt = serde_json::from_str(&text).map_err(|e| broken(e.to_string()))?;
-    if learnt.pin != *pin {
+    if learnt.pins != *pins {
         // A new token was given, perhaps since the old root is lost: what it says counts.
         return Ok(None);
     }
@@ -385,7 +385,7 @@ fn chain_of(error: &(dyn std::error::Error + 'static)) -> String {
 
 /// Knows a controller by a trusted root and its name.
 struct ControllerVerifier {
-    pin: Option<String>,
+    pins: Vec<String>,
     roots: Arc<watch::Sender<Option<Bundle>>>,
     /// The name in the certificate; where none is set, the one that is dialled.
     name: Option<ServerName<'static>>,
@@ -402,12 +402,15 @@ impl ServerCertVerifier for ControllerVerifier {
     ) -> Result<ServerCertVerified, rustls::Error> {
         let roots = match self.roots.borrow().as_ref() {
             Some(bundle) => bundle.store(),
-            // The first contact: the token's root must be among what the controller shows.
+            // The first contact: a root of the token must be among what the controller shows.
             None => {
-                let pinned = intermediates.iter().find(|der| Some(sha256_hex(der)) == self.pin);
-                let pinned = pinned.ok_or(CertificateError::UnknownIssuer)?;
                 let mut store = RootCertStore::empty();
-                store.add(pinned.clone().into_owned())?;
+                for shown in intermediates.iter().filter(|der| self.pins.contains(&sha256_hex(der))) {
+                    store.add(shown.clone().into_owned())?;
+                }
+                if store.is_empty() {
+                    return Err(CertificateError::UnknownIssuer.into());
+                }
                 Arc::new(store)
             }
         };
@@ -443,7 +446,7 @@ impl ServerCertVerifier for ControllerVerifier {
 
 impl fmt::Debug for ControllerVerifier {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ControllerVerifier").field("pin", &self.pin).field("roots", &*self.roots.borrow()).finish()
+        f.debug_struct("ControllerVerifier").field("pins", &self.pins).field("roots", &*self.roots.borrow()).finish()
     }
 }
 

@@ -2,10 +2,11 @@
 //! belongs to a pod on the node that the token is for; else a gRPC status with one sentence.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::convert::Infallible;
 use std::future::Future;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
@@ -44,6 +45,10 @@ pub const DEFAULT_PORT: u16 = 15012;
 pub const CONTROLLER_NAME: &str = "controller.nodemesh.internal";
 
 const MAX_CONNECTIONS: usize = 4096;
+/// A node needs one. Without this bound one stranger could hold all places, since a token is shown only later.
+const MAX_CONNECTIONS_PER_ADDRESS: usize = 256;
+/// After it a client connects anew, perhaps to another controller.
+const CONNECTION_AGE: Duration = Duration::from_secs(1800);
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
 const REQUEST_LIMIT: Duration = Duration::from_secs(10);
 /// A node that starts asks for all its identities at once; afterwards it asks twice a day for each.
@@ -96,6 +101,7 @@ pub async fn serve(options: CaServerOptions, shutdown: impl Future<Output = ()>)
     let incoming = futures_util::stream::poll_fn(move |cx| incoming.poll_recv(cx));
     let server = Server::builder()
         .timeout(REQUEST_LIMIT)
+        .max_connection_age(CONNECTION_AGE)
         .max_concurrent_streams(256)
         .http2_keepalive_interval(Some(Duration::from_secs(30)))
         .http2_max_header_list_size(16 * 1024)
@@ -111,11 +117,11 @@ pub async fn serve(options: CaServerOptions, shutdown: impl Future<Output = ()>)
 
 /// Makes the handshakes beside each other, so that a slow client holds up nobody.
 async fn accept(listener: TcpListener, tls: TlsAcceptor, accepted: mpsc::Sender<io::Result<Connection>>) -> Infallible {
-    let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let (room, peers) = (Arc::new(Semaphore::new(MAX_CONNECTIONS)), Peers::default());
     loop {
         let permit = room.clone().acquire_owned().await.expect("the semaphore is never closed");
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
+        let (stream, peer) = match listener.accept().await {
+            Ok(accepted) => accepted,
             Err(problem) => {
                 // Out of file descriptors, most likely: an immediate next try would spin.
                 tracing::warn!(%problem, "the CA port can't accept a connection; it is tried again in 100 ms");
@@ -123,10 +129,14 @@ async fn accept(listener: TcpListener, tls: TlsAcceptor, accepted: mpsc::Sender<
                 continue;
             }
         };
+        let Some(place) = peers.take(peer.ip(), permit) else {
+            tracing::debug!(%peer, "the CA port has {MAX_CONNECTIONS_PER_ADDRESS} connections from there already; closed");
+            continue;
+        };
         let (tls, accepted) = (tls.clone(), accepted.clone());
         tokio::spawn(async move {
             match tokio::time::timeout(HANDSHAKE_LIMIT, tls.accept(stream)).await {
-                Ok(Ok(stream)) => drop(accepted.send(Ok(Connection { stream, _permit: permit })).await),
+                Ok(Ok(stream)) => drop(accepted.send(Ok(Connection { stream, _place: place })).await),
                 Ok(Err(problem)) => tracing::debug!(%problem, "a handshake with the CA port has failed"),
                 Err(_) => tracing::debug!("a handshake with the CA port has taken too long"),
             }
@@ -350,10 +360,45 @@ impl Bucket {
     }
 }
 
+/// How many connections each address has.
+#[derive(Clone, Default)]
+struct Peers(Arc<Mutex<HashMap<IpAddr, usize>>>);
+
+impl Peers {
+    fn take(&self, address: IpAddr, permit: OwnedSemaphorePermit) -> Option<Place> {
+        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = counts.entry(address).or_default();
+        if *count >= MAX_CONNECTIONS_PER_ADDRESS {
+            return None;
+        }
+        *count += 1;
+        Some(Place { address, peers: self.clone(), _permit: permit })
+    }
+}
+
+/// One connection's place; given back when it is dropped.
+struct Place {
+    address: IpAddr,
+    peers: Peers,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut counts = self.peers.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Entry::Occupied(mut count) = counts.entry(self.address) {
+            *count.get_mut() -= 1;
+            if *count.get() == 0 {
+                count.remove();
+            }
+        }
+    }
+}
+
 /// A TLS stream that tonic takes, with its place among the connections.
 struct Connection {
     stream: TlsStream<TcpStream>,
-    _permit: OwnedSemaphorePermit,
+    _place: Place,
 }
 
 impl Connected for Connection {

@@ -125,7 +125,8 @@ impl Certificates {
             requests: Semaphore::new(REQUESTS_AT_A_TIME),
             runtime: Handle::current(),
         });
-        inner.runtime.spawn(follow_roots(inner.clone()));
+        // Subscribed before anything is published, so that no change falls between.
+        inner.runtime.spawn(follow_roots(inner.clone(), inner.authority.roots()));
         Self { inner }
     }
 
@@ -237,8 +238,7 @@ async fn keep(inner: Arc<Inner>, identity: SpiffeId, moved: Arc<Notify>) {
 }
 
 /// Gives every identity new configurations when the roots change. Connections that exist are not touched.
-async fn follow_roots(inner: Arc<Inner>) {
-    let mut roots = inner.authority.roots();
+async fn follow_roots(inner: Arc<Inner>, mut roots: watch::Receiver<Option<Bundle>>) {
     while roots.changed().await.is_ok() {
         let now = inner.clock.now();
         let mut wanted = inner.wanted();
@@ -340,7 +340,8 @@ impl Inner {
             }
             Err(reason) => {
                 entry.failures = entry.failures.saturating_add(1);
-                let wait = rotation::backoff(entry.failures, rand::random());
+                let left = entry.leaf.as_ref().and_then(|leaf| leaf.not_after.duration_since(now).ok());
+                let wait = rotation::retry_after(entry.failures, left, rand::random());
                 entry.next_try = now + wait;
                 let in_use = match &entry.leaf {
                     Some(leaf) if now < leaf.not_after => {

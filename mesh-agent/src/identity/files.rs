@@ -62,6 +62,23 @@ pub fn write_private(path: &Path, content: &[u8]) -> Result<(), FileError> {
     write().map_err(failed)
 }
 
+/// Writes `content` to `path` unless it is there; `false` when it was. Two processes that start at once agree on one.
+pub fn create_private(path: &Path, content: &[u8]) -> Result<bool, FileError> {
+    let failed = |source| FileError::Write { path: path.to_owned(), source };
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(format!(".{}.tmp", std::process::id()));
+    let temporary = path.with_file_name(name);
+    write_private(&temporary, content)?;
+    // A link, unlike a rename, does not replace.
+    let linked = fs::hard_link(&temporary, path);
+    fs::remove_file(&temporary).map_err(failed)?;
+    match linked {
+        Ok(()) => sync_dir(path.parent().unwrap_or(Path::new("."))).map(|()| true).map_err(failed),
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+        Err(e) => Err(failed(e)),
+    }
+}
+
 fn sync_dir(path: &Path) -> io::Result<()> {
     let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
     File::open(path)?.sync_all()

@@ -27,7 +27,7 @@ pub const ROOT_CERT: &str = "root-cert.pem";
 pub const ROOT_KEY: &str = "root-key.pem";
 
 const DAY: Duration = Duration::from_secs(86_400);
-const ROOT_LIFE: Duration = Duration::from_secs(10 * 365 * 86_400);
+pub const ROOT_LIFE: Duration = Duration::from_secs(10 * 365 * 86_400);
 pub const INTERMEDIATE_LIFE: Duration = Duration::from_secs(2 * 365 * 86_400);
 /// How far clocks of nodes may be apart. A leaf is dated back by it, but never by more than a tenth of its life.
 const CLOCK_SKEW: Duration = Duration::from_secs(300);
@@ -71,7 +71,10 @@ pub struct SigningCa {
     /// The issuing certificate and those above it, without the root; empty where the root itself signs.
     chain: Vec<CertificateDer<'static>>,
     pub roots: Vec<CertificateDer<'static>>,
-    pub not_after: SystemTime,
+    /// When the first of the intermediates expires.
+    pub chain_not_after: SystemTime,
+    /// When the last root that this chain ends in expires.
+    pub root_not_after: SystemTime,
     dir: PathBuf,
 }
 
@@ -130,10 +133,10 @@ impl SigningCa {
         if parsed.public_key().subject_public_key.data.as_ref() != key.der_bytes() {
             return Err(IssuerError::KeyMismatch { key: key_path, cert: cert_path });
         }
-        let mut not_after = check_ca(&cert_path, &parsed, now)?;
+        let mut chain_not_after = check_ca(&cert_path, &parsed, now)?;
         for (index, pair) in chain.windows(2).enumerate() {
             let (lower, upper) = (parse(&chain_path, index, &pair[0])?, parse(&chain_path, index + 1, &pair[1])?);
-            not_after = not_after.min(check_ca(&chain_path, &upper, now)?);
+            chain_not_after = chain_not_after.min(check_ca(&chain_path, &upper, now)?);
             check_path_length(&chain_path, &upper, index + 1)?;
             if !signed(&lower, &upper) {
                 let (subject, issuer) = (lower.subject().to_string(), upper.subject().to_string());
@@ -141,24 +144,24 @@ impl SigningCa {
             }
         }
         let last = parse(&chain_path, chain.len().saturating_sub(1), chain.last().unwrap_or(&cert))?;
-        let mut found = false;
+        let mut root_not_after = None;
         for (index, root) in roots.roots().iter().enumerate() {
             let root = parse(&root_path, index, root)?;
             if signed(&last, &root) {
-                not_after = not_after.min(check_ca(&root_path, &root, now)?);
+                root_not_after = root_not_after.max(Some(check_ca(&root_path, &root, now)?));
                 check_path_length(&root_path, &root, chain.len())?;
-                found = true;
             }
         }
-        if !found {
+        let Some(root_not_after) = root_not_after else {
             return Err(IssuerError::NoRoot { path: root_path, subject: last.subject().to_string() });
-        }
+        };
 
         let ca = Self {
             issuer: Issuer::from_ca_cert_der(&cert, key)?,
             chain,
             roots: roots.roots().to_vec(),
-            not_after,
+            chain_not_after,
+            root_not_after,
             dir: dir.to_owned(),
         };
         ca.try_out(roots, trust_domain, now).map_err(|problem| IssuerError::Unusable { path: cert_path, problem })?;
@@ -222,10 +225,15 @@ impl SigningCa {
         params.use_authority_key_identifier_extension = true;
         params.not_before = (now - CLOCK_SKEW.min(lifetime / 10)).into();
         // A leaf that outlives its issuer would be refused while its holder believes in it.
-        params.not_after = (now + lifetime).min(self.not_after).into();
+        params.not_after = (now + lifetime).min(self.not_after()).into();
         let mut chain = vec![params.signed_by(key, &self.issuer)?.into()];
         chain.extend(self.chain.iter().cloned());
         Ok(chain)
+    }
+
+    /// Nothing that it signs may live longer.
+    pub fn not_after(&self) -> SystemTime {
+        self.chain_not_after.min(self.root_not_after)
     }
 
     pub fn dir(&self) -> &Path {

@@ -1,6 +1,6 @@
 //! Join tokens: what a node shows the controller, and by which it knows the controller.
 //! `nm1.<claims>.<HMAC-SHA-256>`, both base64url: the claims are JSON with the node's name, the end of its validity, and
-//! the SHA-256 of the mesh's root, so that an address and a token are all that a node needs.
+//! the SHA-256 of the mesh's roots, so that an address and a token are all that a node needs.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -59,8 +59,9 @@ pub struct Claims {
     pub node: String,
     /// Seconds since 1970.
     pub exp: u64,
-    /// SHA-256 of the root, in hex.
-    pub root: String,
+    /// SHA-256 of each root that was trusted when the token was made, in hex: two during a change of the root, so that the
+    /// token outlives it.
+    pub roots: Vec<String>,
 }
 
 impl Claims {
@@ -87,8 +88,8 @@ impl JoinTokens {
                 aws_lc_rs::rand::fill(&mut secret).map_err(|_| TokenError::Random)?;
                 files::create_private_dir(state_dir)?;
                 let text = URL_SAFE_NO_PAD.encode(secret);
-                files::write_private(&path, text.as_bytes())?;
-                text
+                // `controller token` may run while the controller starts: the first secret is everyone's.
+                if files::create_private(&path, text.as_bytes())? { text } else { files::read(&path)? }
             }
             Err(e) => return Err(e.into()),
         };
@@ -97,8 +98,8 @@ impl JoinTokens {
         Ok(Self { key: hmac::Key::new(hmac::HMAC_SHA256, &secret), revoked: state_dir.join(REVOKED) })
     }
 
-    /// A token for `node`, good until `expires`, that pins the root with the fingerprint `root`.
-    pub fn issue(&self, node: &str, root: &str, expires: SystemTime) -> Result<String, TokenError> {
+    /// A token for `node`, good until `expires`, that pins the roots with these fingerprints.
+    pub fn issue(&self, node: &str, roots: &[String], expires: SystemTime) -> Result<String, TokenError> {
         let good = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'.' | b'-');
         if node.is_empty() || node.len() > 253 || !node.bytes().all(good) {
             return Err(TokenError::NodeName(node.to_owned()));
@@ -109,7 +110,7 @@ impl JoinTokens {
             id: id.iter().map(|byte| format!("{byte:02x}")).collect(),
             node: node.to_owned(),
             exp: expires.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs(),
-            root: root.to_owned(),
+            roots: roots.to_vec(),
         };
         let claims = serde_json::to_vec(&claims).expect("claims are plain data");
         let signed = format!("{VERSION}.{}", URL_SAFE_NO_PAD.encode(claims));
@@ -121,7 +122,7 @@ impl JoinTokens {
     pub fn verify(&self, token: &str, now: SystemTime) -> Result<Claims, TokenError> {
         let (claims, signed, tag) = split(token)?;
         hmac::verify(&self.key, signed.as_bytes(), &tag).map_err(|_| TokenError::Foreign)?;
-        let Claims { id, node, exp, root: _ } = &claims;
+        let Claims { id, node, exp, roots: _ } = &claims;
         let expires = SystemTime::UNIX_EPOCH + Duration::from_secs(*exp);
         if expires <= now {
             return Err(TokenError::Expired { id: id.clone(), node: node.clone(), at: super::rfc3339(expires) });
@@ -130,6 +131,21 @@ impl JoinTokens {
             return Err(TokenError::Revoked { id: id.clone(), node: node.clone() });
         }
         Ok(claims)
+    }
+
+    /// Adds `id` to the list of revoked tokens; a controller that runs sees it with the next request.
+    pub fn revoke(&self, id: &str) -> Result<(), TokenError> {
+        let mut list = match files::read(&self.revoked) {
+            Ok(list) => list,
+            Err(e) if e.is_missing() => String::new(),
+            Err(e) => return Err(e.into()),
+        };
+        if !list.is_empty() && !list.ends_with('\n') {
+            list.push('\n');
+        }
+        list.push_str(id);
+        list.push('\n');
+        Ok(files::write_private(&self.revoked, list.as_bytes())?)
     }
 
     fn is_revoked(&self, id: &str) -> Result<bool, TokenError> {
@@ -174,7 +190,9 @@ mod tests {
 
     use super::*;
 
-    const ROOT: &str = "ab";
+    fn roots() -> Vec<String> {
+        vec!["ab".to_owned()]
+    }
 
     fn soon() -> SystemTime {
         SystemTime::now() + Duration::from_secs(60)
@@ -183,10 +201,10 @@ mod tests {
     #[test]
     fn a_token_is_good_until_it_expires_also_after_a_restart() {
         let dir = tempfile::tempdir().unwrap();
-        let token = JoinTokens::open(dir.path()).unwrap().issue("node-a", ROOT, soon()).unwrap();
+        let token = JoinTokens::open(dir.path()).unwrap().issue("node-a", &roots(), soon()).unwrap();
         let again = JoinTokens::open(dir.path()).unwrap();
         let claims = again.verify(&token, SystemTime::now()).unwrap();
-        assert_eq!((claims.node.as_str(), claims.root.as_str()), ("node-a", ROOT));
+        assert_eq!((claims.node.as_str(), &claims.roots), ("node-a", &roots()));
         assert_eq!(Claims::read(&token).unwrap(), claims);
         let late = again.verify(&token, SystemTime::now() + Duration::from_secs(61)).unwrap_err();
         assert!(matches!(&late, TokenError::Expired { node, .. } if node == "node-a"), "{late}");
@@ -196,11 +214,11 @@ mod tests {
     fn a_foreign_or_changed_token_is_refused() {
         let (dir, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let tokens = JoinTokens::open(dir.path()).unwrap();
-        let foreign = JoinTokens::open(other.path()).unwrap().issue("node-a", ROOT, soon()).unwrap();
+        let foreign = JoinTokens::open(other.path()).unwrap().issue("node-a", &roots(), soon()).unwrap();
         assert!(matches!(tokens.verify(&foreign, SystemTime::now()), Err(TokenError::Foreign)));
 
         // The claims of one token with the tag of another.
-        let [a, b] = ["node-a", "node-b"].map(|node| tokens.issue(node, ROOT, soon()).unwrap());
+        let [a, b] = ["node-a", "node-b"].map(|node| tokens.issue(node, &roots(), soon()).unwrap());
         let mixed = format!("{}.{}", a.rsplit_once('.').unwrap().0, b.rsplit_once('.').unwrap().1);
         assert!(matches!(tokens.verify(&mixed, SystemTime::now()), Err(TokenError::Foreign)));
 
@@ -213,10 +231,17 @@ mod tests {
     fn a_revoked_token_is_refused_at_once_and_a_broken_list_refuses_all() {
         let dir = tempfile::tempdir().unwrap();
         let tokens = JoinTokens::open(dir.path()).unwrap();
-        let [lost, kept] = ["node-a", "node-a"].map(|node| tokens.issue(node, ROOT, soon()).unwrap());
+        let [lost, kept] = ["node-a", "node-a"].map(|node| tokens.issue(node, &roots(), soon()).unwrap());
         let id = tokens.verify(&lost, SystemTime::now()).unwrap().id;
         fs::write(dir.path().join(REVOKED), format!("# lost laptop\n {id}  # node-a\n")).unwrap();
         assert!(matches!(tokens.verify(&lost, SystemTime::now()), Err(TokenError::Revoked { .. })));
+        let other = tokens.verify(&kept, SystemTime::now()).unwrap().id;
+        tokens.revoke("0000").unwrap();
+        tokens.revoke(&other).unwrap();
+        for token in [&lost, &kept] {
+            assert!(matches!(tokens.verify(token, SystemTime::now()), Err(TokenError::Revoked { .. })));
+        }
+        let kept = tokens.issue("node-a", &roots(), soon()).unwrap();
         tokens.verify(&kept, SystemTime::now()).unwrap();
 
         fs::write(dir.path().join(REVOKED), [0xff, 0xfe]).unwrap();
@@ -228,7 +253,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let tokens = JoinTokens::open(dir.path()).unwrap();
         for name in ["", "Node", "a b", "a/b"] {
-            assert!(matches!(tokens.issue(name, ROOT, soon()), Err(TokenError::NodeName(_))), "{name}");
+            assert!(matches!(tokens.issue(name, &roots(), soon()), Err(TokenError::NodeName(_))), "{name}");
         }
         fs::write(dir.path().join(SECRET), "short").unwrap();
         let error = JoinTokens::open(dir.path()).unwrap_err().to_string();

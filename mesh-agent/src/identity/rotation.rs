@@ -20,6 +20,13 @@ pub fn backoff(failures: u32, random: f64) -> Duration {
     doubled.mul_f64(0.5 + 0.5 * random.clamp(0.0, 1.0)).max(BACKOFF_MIN)
 }
 
+/// As `backoff`, and sooner where little of the present certificate's life is `left`: a short-lived one would else expire
+/// while the CA is long back.
+pub fn retry_after(failures: u32, left: Option<Duration>, random: f64) -> Duration {
+    let wait = backoff(failures, random);
+    left.map_or(wait, |left| wait.min(left / 4)).max(BACKOFF_MIN)
+}
+
 /// Where a certificate stands at `now`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Standing {
@@ -113,6 +120,15 @@ mod tests {
         let shortest: Vec<u64> = (1..9).map(|n| backoff(n, 0.0).as_secs()).collect();
         assert_eq!(shortest, [1, 2, 4, 8, 16, 30, 30, 30]);
         assert_eq!(backoff(u32::MAX, 1.0), BACKOFF_MAX);
+    }
+
+    #[test]
+    fn a_certificate_with_little_life_left_is_tried_for_more_often() {
+        let left = |secs| Some(Duration::from_secs(secs));
+        assert_eq!(retry_after(9, left(40_000), 1.0), BACKOFF_MAX);
+        assert_eq!(retry_after(9, left(40), 1.0), Duration::from_secs(10));
+        assert_eq!(retry_after(9, left(2), 1.0), BACKOFF_MIN);
+        assert_eq!(retry_after(9, None, 1.0), BACKOFF_MAX);
     }
 
     #[test]

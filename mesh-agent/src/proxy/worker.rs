@@ -105,8 +105,8 @@ pub fn run(
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let worker = Rc::new(Worker {
         index,
+        pool: Pool::new(shared.workers.len()),
         shared,
-        pool: Pool::default(),
         balance: RefCell::default(),
         drain: CancellationToken::new(),
         connections: Rc::default(),

@@ -8,8 +8,9 @@ use std::sync::{MutexGuard, PoisonError};
 
 use mesh_common::{ENROLLED_ENTRIES, Ip, PodEntry as Entry, slot};
 
+use super::load::Loader;
 use super::maps::Maps;
-use super::{NetnsCookie, PodEntry, Redirect, RedirectError, attach, load, pins};
+use super::{NetnsCookie, PodEntry, Redirect, RedirectError, attach, pins};
 
 /// A pod's places in the kernel's tables.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -40,26 +41,27 @@ pub fn restore(maps: &Maps) -> Result<Pods, RedirectError> {
 }
 
 pub fn join(redirect: &Redirect, pod: &PodEntry, netns: BorrowedFd<'_>) -> Result<(), RedirectError> {
-    let Redirect { maps, pins, options, globals, .. } = redirect;
-    if pod.cookie.0 == globals.node_netns {
+    let Redirect { maps, pins, node_netns, .. } = redirect;
+    if pod.cookie == *node_netns {
         return Err(RedirectError::HostNetwork { cookie: pod.cookie });
     }
-    let mut pods = lock(redirect);
+    let mut held = lock(redirect);
+    let (pods, loader) = &mut *held;
     let before = pods.get(&pod.cookie).cloned();
     let index = match &before {
         Some(known) => known.index,
-        None => free_index(&pods, redirect)?,
+        None => free_index(pods, redirect)?,
     };
     maps.set_listener(index * slot::PER_POD + slot::PLAIN, pod.plain_listener)?;
     maps.set_listener(index * slot::PER_POD + slot::HBONE, pod.hbone_listener)?;
     let pin = pins.pod(pod.cookie, index);
     if !attach::is_pinned(&pin) {
-        let mut object = load::prepare(options, pins, globals, index)?;
+        let mut object = loader.prepare(index)?;
         attach::to_netns(&mut object, netns, &pin)?;
     }
     // Links of an older object, or of an index that the pod had before: the new one is in force by now.
     for other in pins.pod_pins()?.into_iter().filter(|other| other.cookie == pod.cookie && other.path != pin) {
-        pins::remove(&other.path)?;
+        pins::remove_link(&other.path)?;
     }
     let addresses: Vec<Ip> = pod.addresses.iter().map(|ip| Ip::from(*ip)).collect();
     for ip in &addresses {
@@ -75,7 +77,8 @@ pub fn join(redirect: &Redirect, pod: &PodEntry, netns: BorrowedFd<'_>) -> Resul
 
 pub fn leave(redirect: &Redirect, cookie: NetnsCookie) -> Result<(), RedirectError> {
     let Redirect { maps, pins, .. } = redirect;
-    let mut pods = lock(redirect);
+    let mut held = lock(redirect);
+    let (pods, _) = &mut *held;
     maps.enrolled.remove(&cookie.0)?;
     if let Some(known) = pods.get(&cookie) {
         for ip in &known.addresses {
@@ -83,7 +86,7 @@ pub fn leave(redirect: &Redirect, cookie: NetnsCookie) -> Result<(), RedirectErr
         }
     }
     for pin in pins.pod_pins()?.into_iter().filter(|pin| pin.cookie == cookie) {
-        pins::remove(&pin.path)?;
+        pins::remove_link(&pin.path)?;
         for which in [slot::PLAIN, slot::HBONE] {
             maps.listeners.remove(&(pin.index * slot::PER_POD + which))?;
         }
@@ -92,7 +95,7 @@ pub fn leave(redirect: &Redirect, cookie: NetnsCookie) -> Result<(), RedirectErr
     Ok(())
 }
 
-fn lock(redirect: &Redirect) -> MutexGuard<'_, Pods> {
+fn lock(redirect: &Redirect) -> MutexGuard<'_, (Pods, Loader)> {
     // The table is changed last of all: it is whole whatever panicked.
     redirect.pods.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,12 +1,11 @@
-//! The embedded object: prepare its maps and globals, load its programs. In: options and the machine. Out: an
-//! [`Object`] whose maps are the pinned ones, whoever made them.
+//! The embedded object: its maps, globals and programs. In: options and the machine. Out: an `Ebpf` whose maps are the pinned ones, whoever made them.
 
 use std::borrow::Cow;
 use std::error::Error;
 
 use aya::programs::ProgramError;
 use aya::{Ebpf, EbpfLoader};
-use mesh_common::{global, map};
+use mesh_common::{ENROLLED_ENTRIES, global, map};
 
 use super::host;
 use super::pins::Pins;
@@ -37,24 +36,54 @@ pub fn fingerprint(globals: &Globals, cgroup: u64) -> u64 {
         .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3))
 }
 
-/// Parses the object with one pod's index, on the pinned maps; makes and pins those that are not there. No program is
-/// in the kernel yet.
-pub fn prepare(options: &Options, pins: &Pins, globals: &Globals, pod_index: u32) -> Result<Ebpf, RedirectError> {
-    let level = if globals.kernel_log { LOG_ALL } else { 0 };
-    let mut loader = EbpfLoader::new();
-    loader
-        .override_global(global::POD_INDEX, &pod_index, true)
-        .override_global(global::NODE_NETNS, &globals.node_netns, true)
-        .override_global(global::PROBE_CGROUP, &globals.probe_cgroup, true)
-        .override_global(global::LOG_LEVEL, &level, true)
-        .map_max_entries(map::ORIG_DST, options.original_dst_entries);
-    for name in map::ALL {
-        loader.map_pin_path(name, Cow::Owned(pins.map(name)));
-    }
-    loader.load(OBJECT).map_err(|error| RedirectError::Object { reason: chain(&error) })
+/// Prepares the object, once for the cgroup and once for each pod.
+#[derive(Debug)]
+pub struct Loader {
+    /// One for all: a new one reads the whole kernel's type information, which takes longer than all else.
+    inner: EbpfLoader<'static>,
 }
 
-/// Loads one program. The verifier's word on a refusal is in its last lines.
+/// What POD_INDEX is set from: the loader borrows its values.
+static INDICES: [u32; ENROLLED_ENTRIES as usize] = {
+    let mut indices = [0; ENROLLED_ENTRIES as usize];
+    let mut i = 0;
+    while i < indices.len() {
+        indices[i] = i as u32;
+        i += 1;
+    }
+    indices
+};
+
+static LOG_LEVELS: [u8; 2] = [0, LOG_ALL];
+
+impl Loader {
+    pub fn new(options: &Options, pins: &Pins, globals: &Globals) -> Self {
+        // Leaked, a few bytes for each start of an agent: the loader borrows them for as long as it lives.
+        let globals: &'static Globals = Box::leak(Box::new(*globals));
+        let mut inner = EbpfLoader::new();
+        inner
+            // The programs use no type of the kernel's.
+            .btf(None)
+            .override_global(global::NODE_NETNS, &globals.node_netns, true)
+            .override_global(global::PROBE_CGROUP, &globals.probe_cgroup, true)
+            .override_global(global::LOG_LEVEL, &LOG_LEVELS[usize::from(globals.kernel_log)], true)
+            .map_max_entries(map::ORIG_DST, options.original_dst_entries);
+        for name in map::ALL {
+            inner.map_pin_path(name, Cow::Owned(pins.map(name)));
+        }
+        Self { inner }
+    }
+
+    /// The object with one pod's index, on the pinned maps; makes and pins those that are not there. No program is in
+    /// the kernel yet.
+    pub fn prepare(&mut self, pod_index: u32) -> Result<Ebpf, RedirectError> {
+        let index = INDICES.get(pod_index as usize).ok_or(RedirectError::TooManyPods { limit: ENROLLED_ENTRIES })?;
+        let loader = self.inner.override_global(global::POD_INDEX, index, true);
+        loader.load(OBJECT).map_err(|error| RedirectError::Object { reason: chain(&error) })
+    }
+}
+
+/// A program that the kernel does not take. The verifier's word on it is in the last lines of its log.
 pub fn refused(program: &str, error: &ProgramError) -> RedirectError {
     let reason = match error {
         ProgramError::LoadError { io_error, verifier_log } => {

@@ -4,7 +4,7 @@ use std::io;
 use std::marker::PhantomData;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
-use mesh_common::{Addr, Ip, PodEntry, Probe, SockTuple, map};
+use mesh_common::{Addr, Attested, Ip, PodEntry, SockTuple, map};
 
 use super::pins::Pins;
 use super::{RedirectError, sys};
@@ -63,7 +63,7 @@ pub struct Maps {
     pub enrolled: Map<u64, PodEntry>,
     pub pod_addrs: Map<Ip, u32>,
     pub orig_dst: Map<SockTuple, Addr>,
-    pub probes: Map<SockTuple, Probe>,
+    pub attested: Map<SockTuple, Attested>,
     /// Keyed by a socket's file descriptor in this process.
     pub own: Map<RawFd, u32>,
     /// Values are file descriptors of listening sockets in this process.
@@ -80,7 +80,7 @@ impl Maps {
             enrolled: Map::open(pins, map::ENROLLED)?,
             pod_addrs: Map::open(pins, map::POD_ADDRS)?,
             orig_dst: Map::open(pins, map::ORIG_DST)?,
-            probes: Map::open(pins, map::PROBES)?,
+            attested: Map::open(pins, map::ATTESTED)?,
             own: Map::open(pins, map::OWN)?,
             listeners: Map::open(pins, map::LISTENERS)?,
             counts: Map::open(pins, map::COUNTS)?,

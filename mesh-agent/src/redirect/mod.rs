@@ -21,14 +21,14 @@ use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use mesh_common::{COUNTERS, Event, ORIG_DST_ENTRIES, PROBE_TTL_NANOS, program};
+use mesh_common::{ATTESTED_TTL_NANOS, COUNTERS, Event, ORIG_DST_ENTRIES, program};
 
 pub use error::RedirectError;
 pub use mesh_common::{HBONE_PORT, MESH_V6_PREFIX_LEN, OUTBOUND_PORT, PLAIN_PORT};
 
 use enroll::Pods;
 use host::Cgroup;
-use load::Globals;
+use load::{Globals, Loader};
 use log::KernelLog;
 use maps::Maps;
 use pins::Pins;
@@ -91,12 +91,11 @@ pub fn v6_redirect_prefix() -> (std::net::Ipv6Addr, u8) {
 /// The loaded and attached programs. `Send + Sync`; the methods of the path of a connection take no lock.
 #[derive(Debug)]
 pub struct Redirect {
-    options: Options,
-    globals: Globals,
+    node_netns: NetnsCookie,
     pins: Pins,
     maps: Maps,
     /// Held while a pod joins or leaves.
-    pods: Mutex<Pods>,
+    pods: Mutex<(Pods, Loader)>,
     orig_dst_missing: AtomicU64,
     _log: Option<KernelLog>,
 }
@@ -128,7 +127,8 @@ impl Redirect {
     fn bring_up(options: &Options, globals: Globals, pins: Pins, cgroup: &Cgroup) -> Result<Self, RedirectError> {
         pins.create_folders()?;
         // Always: it makes the maps that are missing. Programs are loaded only where their link is.
-        let mut object = load::prepare(options, &pins, &globals, 0)?;
+        let mut loader = Loader::new(options, &pins, &globals);
+        let mut object = loader.prepare(0)?;
         let log = if globals.kernel_log { KernelLog::start(&mut object) } else { None };
         for name in program::CGROUP {
             let pin = pins.program(name);
@@ -140,11 +140,12 @@ impl Redirect {
         }
         // Only now: enrolled pods were redirected by the older programs up to here. Both together do no harm.
         for folder in pins.older_programs()? {
-            pins::remove_folder(&folder)?;
+            pins::remove_links(&folder)?;
         }
         let maps = Maps::open(&pins)?;
-        let pods = Mutex::new(enroll::restore(&maps)?);
-        Ok(Self { options: options.clone(), globals, pins, maps, pods, orig_dst_missing: AtomicU64::new(0), _log: log })
+        let pods = Mutex::new((enroll::restore(&maps)?, loader));
+        let node_netns = NetnsCookie(globals.node_netns);
+        Ok(Self { node_netns, pins, maps, pods, orig_dst_missing: AtomicU64::new(0), _log: log })
     }
 
     /// Takes a pod in: sk_lookup first, the ENROLLED entry last. Calling it again replaces listeners (after a restart).
@@ -157,9 +158,14 @@ impl Redirect {
         enroll::leave(self, cookie)
     }
 
-    /// Pods that the kernel has as enrolled, e.g. from before a restart.
+    /// Pods that the kernel has as enrolled, e.g. from before a restart; also those whose enrolment did not come to its
+    /// end, which are closed and wait for [`Self::enroll`] or [`Self::unenroll`].
     pub fn enrolled(&self) -> Result<Vec<NetnsCookie>, RedirectError> {
-        Ok(self.maps.enrolled.keys()?.into_iter().map(NetnsCookie).collect())
+        let mut pods: Vec<_> = self.maps.enrolled.keys()?.into_iter().map(NetnsCookie).collect();
+        pods.extend(self.pins.pod_pins()?.into_iter().map(|pin| pin.cookie));
+        pods.sort_unstable();
+        pods.dedup();
+        Ok(pods)
     }
 
     /// Where the connection that the agent accepted was meant to go; takes the entry out of the map. `local` and `peer`
@@ -190,21 +196,27 @@ impl Redirect {
         Ok(counters)
     }
 
-    /// Takes out probes that are older than any connection attempt lasts: a second net under sockops, which takes each
-    /// out when its socket closes. Once a minute is enough. Returns how many.
-    pub fn sweep_probes(&self) -> Result<usize, RedirectError> {
+    /// Takes out attested connections that are older than any `connect` lasts: their SYN is through, or never will be.
+    /// A second net under sockops, which takes each out when its socket closes; once a minute is enough. Returns how many.
+    pub fn sweep(&self) -> Result<usize, RedirectError> {
         let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
         let now = now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64;
         let mut swept = 0;
-        for key in self.maps.probes.keys()? {
-            let old = self.maps.probes.get(&key)?.is_some_and(|p| now.saturating_sub(p.at_nanos) > PROBE_TTL_NANOS);
-            swept += usize::from(old && self.maps.probes.remove(&key)?);
+        for key in self.maps.attested.keys()? {
+            let is_old = |value: mesh_common::Attested| now.saturating_sub(value.at_nanos) > ATTESTED_TTL_NANOS;
+            let old = self.maps.attested.get(&key)?.is_some_and(is_old);
+            swept += usize::from(old && self.maps.attested.remove(&key)?);
         }
         Ok(swept)
     }
 
     /// Removes every link, map and pin of this node's agent. Returns what was removed, a line each.
     pub fn cleanup(options: &Options) -> Result<Vec<String>, RedirectError> {
+        Self::cleanup_with(options, |_| ())
+    }
+
+    /// The same; the pods that were enrolled come to `pods`, for what else must be undone in them.
+    pub fn cleanup_with(options: &Options, pods: impl FnOnce(&[NetnsCookie])) -> Result<Vec<String>, RedirectError> {
         let pins = Pins::new(options, 0)?;
         if !host::is_bpffs(&options.bpffs) {
             return Ok(Vec::new());
@@ -213,9 +225,11 @@ impl Redirect {
         // A pod that is enrolled and no longer redirected speaks in plaintext: that is what removing the mesh means. Entries
         // go first, so that no connection is caught between two links.
         if let Ok(maps) = Maps::open(&pins) {
-            for cookie in maps.enrolled.keys()? {
-                maps.enrolled.remove(&cookie)?;
+            let enrolled = maps.enrolled.keys()?;
+            for cookie in &enrolled {
+                maps.enrolled.remove(cookie)?;
             }
+            pods(&enrolled.into_iter().map(NetnsCookie).collect::<Vec<_>>());
         }
         pins.remove_all()
     }

@@ -10,11 +10,12 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 use mesh_common::SCHEMA;
 
-use super::{NetnsCookie, Options, RedirectError};
+use super::{NetnsCookie, Options, RedirectError, sys};
 
 const ROOT: &str = "nodemesh";
 
@@ -105,7 +106,11 @@ impl Pins {
                 _ => 0,
             });
             for folder in folders {
-                removed.extend(remove_folder(&folder)?);
+                removed.extend(if name_of(&folder) == Some("maps") {
+                    remove_folder(&folder, remove)?
+                } else {
+                    remove_folder(&folder, remove_link)?
+                });
             }
             remove(&schema)?;
         }
@@ -118,19 +123,34 @@ impl Pins {
     }
 }
 
-/// Removes a folder of pins; a line for each.
-pub fn remove_folder(folder: &Path) -> Result<Vec<String>, RedirectError> {
+/// Removes a folder of links; a line for each.
+pub fn remove_links(folder: &Path) -> Result<Vec<String>, RedirectError> {
+    remove_folder(folder, remove_link)
+}
+
+fn remove_folder(
+    folder: &Path,
+    remove_pin: fn(&Path) -> Result<(), RedirectError>,
+) -> Result<Vec<String>, RedirectError> {
     let mut removed = Vec::new();
     for pin in list(folder)? {
-        remove(&pin)?;
+        remove_pin(&pin)?;
         removed.push(format!("removed {}", pin.display()));
     }
     remove(folder)?;
     Ok(removed)
 }
 
+/// Detaches a pinned link and removes the pin. A link whose netns or cgroup is gone is detached already.
+pub fn remove_link(pin: &Path) -> Result<(), RedirectError> {
+    if let Err(error) = sys::obj_get(pin).and_then(|link| sys::link_detach(link.as_fd())) {
+        tracing::debug!(pin = %pin.display(), %error, "not detached, the pin is removed all the same");
+    }
+    remove(pin)
+}
+
 /// Removes a pin or an empty folder; one that is gone is no error.
-pub fn remove(path: &Path) -> Result<(), RedirectError> {
+fn remove(path: &Path) -> Result<(), RedirectError> {
     let result = if path.is_dir() { fs::remove_dir(path) } else { fs::remove_file(path) };
     match result {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {

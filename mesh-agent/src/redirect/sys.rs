@@ -18,6 +18,7 @@ const OBJ_GET: u32 = 7;
 const OBJ_GET_INFO_BY_FD: u32 = 15;
 const PROG_QUERY: u32 = 16;
 const MAP_LOOKUP_AND_DELETE_ELEM: u32 = 21;
+const LINK_DETACH: u32 = 34;
 
 /// Attachments of a cgroup, its ancestors' left out.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -165,6 +166,15 @@ pub fn obj_get(path: &Path) -> io::Result<OwnedFd> {
     let fd = bpf(OBJ_GET, &mut attr)?;
     // SAFETY: a new descriptor that nobody else owns (close-on-exec is the kernel's default for bpf objects).
     Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
+}
+
+/// Detaches a link's program now. Removing the last pin does it too, but some time later.
+pub fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
+    #[repr(C)]
+    struct Detach {
+        link_fd: u32,
+    }
+    bpf(LINK_DETACH, &mut Detach { link_fd: link.as_raw_fd() as u32 }).map(drop)
 }
 
 pub fn map_info(map: BorrowedFd<'_>) -> io::Result<MapInfo> {

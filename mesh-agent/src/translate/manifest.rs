@@ -1,7 +1,9 @@
 //! A file of manifests becomes objects: YAML with several documents, or JSON. Bounded, so that no file can make the
 //! agent run out of memory or stack.
 
-use serde_json::Value;
+use std::collections::BTreeSet;
+
+use serde_json::{Value, json};
 
 use super::Object;
 use crate::model::Problem;
@@ -59,6 +61,52 @@ pub fn parse(file: &str, bytes: &[u8]) -> Result<Vec<Object>, Unreadable> {
         return Ok(objects);
     }
     parse_yaml(file, text)
+}
+
+/// What closes in place of a file that cannot be read and never could: it may hold policies, and without them its pods
+/// would be open. Each text that speaks of a policy closes the namespaces that it names, or the whole mesh if it names
+/// none: no connection where it speaks of an AuthorizationPolicy, none without mutual TLS for a PeerAuthentication.
+pub fn closed(file: &str, bytes: &[u8], root_namespace: &str) -> Vec<Object> {
+    let text = String::from_utf8_lossy(bytes);
+    let mut closed = BTreeSet::new();
+    for (_, document) in documents(&text) {
+        let rule = match (document.contains("AuthorizationPolicy"), document.contains("PeerAuthentication")) {
+            (true, _) => EVERYBODY,
+            (false, true) => WITHOUT_IDENTITY,
+            (false, false) => continue,
+        };
+        let mut namespaces = namespaces(&document).peekable();
+        if namespaces.peek().is_none() {
+            closed.insert((rule, root_namespace.to_owned()));
+        }
+        closed.extend(namespaces.map(|n| (rule, n.to_owned())));
+    }
+    let policy = |(rule, namespace): (&str, String)| {
+        let source =
+            if rule == EVERYBODY { json!({}) } else { json!({"from": [{"source": {"notPrincipals": ["*"]}}]}) };
+        let value = json!({
+            "apiVersion": "security.istio.io/v1",
+            "kind": "AuthorizationPolicy",
+            "metadata": {"name": format!("{rule} ({file} cannot be read)"), "namespace": namespace},
+            "spec": {"action": "DENY", "rules": [source]},
+        });
+        Object::from_value(file, value).expect("the object is whole")
+    };
+    closed.into_iter().flat_map(policy).collect()
+}
+
+const EVERYBODY: &str = "closed";
+const WITHOUT_IDENTITY: &str = "closed to plaintext";
+
+/// The values of all `namespace:` in a text that need not be well formed.
+fn namespaces(text: &str) -> impl Iterator<Item = &str> {
+    text.match_indices("namespace").filter_map(|(at, word)| {
+        let inside_a_word = text[..at].ends_with(|c: char| c.is_ascii_alphanumeric());
+        let value = text[at + word.len()..].trim_start_matches('"').trim_start().strip_prefix(':')?;
+        let value = value.trim_start_matches([' ', '\t', '"', '\'']);
+        let end = value.find(|c: char| !(c.is_ascii_alphanumeric() || c == '-')).unwrap_or(value.len());
+        Some(&value[..end]).filter(|v| !v.is_empty() && !inside_a_word)
+    })
 }
 
 fn parse_yaml(file: &str, text: &str) -> Result<Vec<Object>, Unreadable> {

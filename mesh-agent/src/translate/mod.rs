@@ -17,7 +17,7 @@ mod workloads;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-pub use manifest::{Unreadable, parse};
+pub use manifest::{Unreadable, closed, parse};
 pub use object::{Key, Object};
 
 use crate::model::{MeshSettings, ObjectRef, OutboundPolicy, Problem, Severity, SnapshotParts, TrustDomain};

@@ -7,64 +7,100 @@ use std::sync::Arc;
 
 use super::istio::{AuthorizationPolicy, Closing, PeerAuthentication, Scope};
 use super::kubernetes::Pod;
-use super::report::selects;
+use super::report::{Labels, selects};
 use super::{In, problem};
-use crate::model::{MtlsMode, MtlsModes, Problem, Severity, WorkloadPolicies};
+use crate::model::{self, MtlsMode, MtlsModes, Problem, Severity, WorkloadPolicies};
+
+/// Things with a selector, found by a pod's labels without asking each: a namespace may have a policy for every pod.
+struct BySelector<'a, T> {
+    /// Under the first label that each selector asks for.
+    by_label: HashMap<(&'a str, &'a str), Vec<Selecting<'a, T>>>,
+    count: usize,
+}
+
+struct Selecting<'a, T> {
+    /// When it came.
+    order: usize,
+    selector: &'a Labels,
+    item: T,
+}
+
+impl<T> Default for BySelector<'_, T> {
+    fn default() -> Self {
+        Self { by_label: HashMap::new(), count: 0 }
+    }
+}
+
+impl<'a, T: Copy> BySelector<'a, T> {
+    fn insert(&mut self, selector: &'a Labels, item: T) {
+        let (key, value) = selector.iter().next().expect("a selector without labels is none");
+        self.by_label.entry((key, value)).or_default().push(Selecting { order: self.count, selector, item });
+        self.count += 1;
+    }
+
+    /// Those that select `labels`, in the order in which they came.
+    fn of(&self, labels: &Labels) -> Vec<T> {
+        let asked = labels.iter().filter_map(|(k, v)| self.by_label.get(&(k.as_str(), v.as_str()))).flatten();
+        let mut found: Vec<_> = asked.filter(|s| selects(s.selector, labels)).collect();
+        found.sort_by_key(|s| s.order);
+        found.into_iter().map(|s| s.item).collect()
+    }
+}
 
 /// All AuthorizationPolicies, ready to be asked for each pod.
 pub(super) struct Policies<'a> {
-    root: Vec<&'a AuthorizationPolicy>,
-    of_namespace: BTreeMap<&'a str, Vec<&'a AuthorizationPolicy>>,
-    /// Addresses behind the services that policies name as targets, by (namespace, service).
-    behind: BTreeMap<(&'a str, &'a str), BTreeSet<IpAddr>>,
+    root: Group<'a>,
+    of_namespace: BTreeMap<&'a str, Group<'a>>,
     /// Pods with the same policies share one list: ten thousand pods of a namespace cost one. The key is the addresses
     /// of the shared policies.
-    lists: RefCell<HashMap<Vec<*const crate::model::AuthorizationPolicy>, Arc<WorkloadPolicies>>>,
+    lists: RefCell<HashMap<Vec<*const model::AuthorizationPolicy>, Arc<WorkloadPolicies>>>,
+}
+
+/// The policies of one namespace.
+#[derive(Default)]
+struct Group<'a> {
+    all: Vec<&'a Arc<model::AuthorizationPolicy>>,
+    selecting: BySelector<'a, &'a Arc<model::AuthorizationPolicy>>,
+    /// With the addresses of the pods behind the services that they name.
+    targeting: Vec<(BTreeSet<IpAddr>, &'a Arc<model::AuthorizationPolicy>)>,
+}
+
+impl<'a> Group<'a> {
+    fn of(&self, pod: &Pod, addresses: &[IpAddr]) -> impl Iterator<Item = &'a Arc<model::AuthorizationPolicy>> {
+        let targeting = self.targeting.iter().filter(|(behind, _)| addresses.iter().any(|a| behind.contains(a)));
+        let targeting = targeting.map(|(_, policy)| *policy);
+        self.all.iter().copied().chain(self.selecting.of(&pod.labels)).chain(targeting)
+    }
 }
 
 impl<'a> Policies<'a> {
+    /// `behind` gives the addresses behind a service, by namespace and name.
     pub fn new(
         all: &'a [In<'a, AuthorizationPolicy>],
         root_namespace: &str,
         behind: impl Fn(&str, &str) -> BTreeSet<IpAddr>,
     ) -> Self {
-        let mut policies = Self {
-            root: Vec::new(),
-            of_namespace: BTreeMap::new(),
-            behind: BTreeMap::new(),
-            lists: RefCell::default(),
-        };
-        for policy in all.iter().map(|p| p.is) {
-            let namespace = &*policy.policy.namespace;
-            if let Scope::Services(names) = &policy.scope {
-                for name in names {
-                    policies.behind.entry((namespace, name)).or_insert_with(|| behind(namespace, name));
+        let mut policies = Self { root: Group::default(), of_namespace: BTreeMap::new(), lists: RefCell::default() };
+        for AuthorizationPolicy { policy, scope } in all.iter().map(|p| p.is) {
+            let own = policies.of_namespace.entry(&policy.namespace).or_default();
+            let wide = if *policy.namespace == *root_namespace { &mut policies.root } else { &mut *own };
+            match scope {
+                Scope::All => wide.all.push(policy),
+                Scope::Selected(labels) => wide.selecting.insert(labels, policy),
+                // A target is a service of the policy's own namespace, also in the root namespace.
+                Scope::Services(names) => {
+                    let addresses = names.iter().flat_map(|name| behind(&policy.namespace, name)).collect();
+                    own.targeting.push((addresses, policy));
                 }
-            }
-            // A target is a service of the policy's own namespace, also in the root namespace.
-            match &policy.scope {
-                Scope::All | Scope::Selected(_) if namespace == root_namespace => policies.root.push(policy),
-                _ => policies.of_namespace.entry(namespace).or_default().push(policy),
             }
         }
         policies
     }
 
-    /// Those that hold for `pod`: of the root namespace, then of its own, then those that select it.
+    /// Those that hold for `pod`: of the root namespace, then of its own, each time the narrower ones last.
     pub fn of(&self, pod: &Pod, addresses: &[IpAddr]) -> Arc<WorkloadPolicies> {
-        let own = self.of_namespace.get(pod.namespace.as_str()).map(Vec::as_slice).unwrap_or_default();
-        let all = |policy: &&&AuthorizationPolicy| matches!(policy.scope, Scope::All);
-        let some = |policy: &&&AuthorizationPolicy| match &policy.scope {
-            Scope::All => false,
-            Scope::Selected(labels) => selects(labels, &pod.labels),
-            Scope::Services(names) => names.iter().any(|name| {
-                let behind = self.behind.get(&(&*policy.policy.namespace, name.as_str()));
-                behind.is_some_and(|b| addresses.iter().any(|a| b.contains(a)))
-            }),
-        };
-        let root = self.root.iter().filter(|p| all(p) || some(p));
-        let found: Vec<_> =
-            root.chain(own.iter().filter(all)).chain(own.iter().filter(some)).map(|p| p.policy.clone()).collect();
+        let own = self.of_namespace.get(pod.namespace.as_str()).into_iter().flat_map(|g| g.of(pod, addresses));
+        let found: Vec<_> = self.root.of(pod, addresses).chain(own).cloned().collect();
         let key = found.iter().map(Arc::as_ptr).collect();
         let mut lists = self.lists.borrow_mut();
         lists.entry(key).or_insert_with(|| Arc::new(WorkloadPolicies { policies: found })).clone()
@@ -76,7 +112,7 @@ pub(super) struct MtlsPolicies<'a> {
     mesh: Option<&'a PeerAuthentication>,
     of_namespace: BTreeMap<&'a str, &'a PeerAuthentication>,
     /// By namespace, oldest first.
-    selecting: BTreeMap<&'a str, Vec<&'a In<'a, PeerAuthentication>>>,
+    selecting: BTreeMap<&'a str, BySelector<'a, &'a In<'a, PeerAuthentication>>>,
     closing: Vec<&'a PeerAuthentication>,
     root_namespace: &'a str,
     conflicts: RefCell<BTreeSet<Problem>>,
@@ -101,8 +137,8 @@ impl<'a> MtlsPolicies<'a> {
                     result.closing.push(p.is);
                     continue;
                 }
-                (Some(_), Closing::No) => {
-                    result.selecting.entry(&p.is.namespace).or_default().push(p);
+                (Some(labels), Closing::No) => {
+                    result.selecting.entry(&p.is.namespace).or_default().insert(labels, p);
                     continue;
                 }
                 (None, Closing::No) if p.is.namespace == root_namespace => *result.mesh.get_or_insert(p.is),
@@ -123,11 +159,8 @@ impl<'a> MtlsPolicies<'a> {
         if closed {
             return MtlsModes { default: MtlsMode::Strict, ports: BTreeMap::new() };
         }
-        let candidates = self.selecting.get(pod.namespace.as_str()).map(Vec::as_slice).unwrap_or_default();
-        let selected = |p: &&&In<'_, PeerAuthentication>| {
-            p.is.selector.as_ref().is_some_and(|labels| selects(labels, &pod.labels))
-        };
-        let mut own = candidates.iter().filter(selected);
+        let selecting = self.selecting.get(pod.namespace.as_str());
+        let mut own = selecting.map(|s| s.of(&pod.labels)).unwrap_or_default().into_iter();
         let first = own.next().map(|p| p.is);
         if let Some(first) = first {
             self.conflicts.borrow_mut().extend(own.map(|p| lost(p, first)));

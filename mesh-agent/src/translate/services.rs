@@ -155,13 +155,18 @@ fn from_pods(service: &Service, members: &[Member<'_>], places: &Places<'_>) -> 
         TargetPort::Number(number) => Some(*number),
         TargetPort::Name(name) => member.pod.named_ports.iter().find(|(n, _)| n == name).map(|(_, number)| *number),
     };
+    // A service of one family has endpoints of that one.
+    let has_family = |ip: &IpAddr| match &service.kind {
+        Kind::Addresses(own) if !own.is_empty() => own.iter().any(|a| a.is_ipv4() == ip.is_ipv4()),
+        Kind::Addresses(_) | Kind::ExternalName => true,
+    };
     let endpoints = |port: &Port| {
         let mut endpoints = BTreeMap::new();
         for member in &behind {
             let Some(number) = number(port, member) else { continue };
             let pod = member.pod;
             let node = Some(pod.node.as_str()).filter(|n| !n.is_empty());
-            for &ip in &member.addresses {
+            for ip in member.addresses.iter().copied().filter(has_family) {
                 let endpoint = Endpoint {
                     address: SocketAddr::new(ip, number),
                     ready: (pod.ready && !pod.terminating) || service.publish_not_ready,

@@ -81,7 +81,7 @@ pub fn check(root: &Path) -> Result<Vec<String>> {
 }
 
 fn check_file(path: &str, text: &str, broken: &mut Vec<String>) {
-    // In two parts, so that this file does not break its own rule.
+    // In two parts, here and below, so that this file does not break its own rules.
     for machine in [concat!("/wo", "rk/"), concat!("/ro", "ot/")] {
         if let Some(line) = text.lines().position(|line| line.contains(machine)) {
             broken.push(format!("{path}:{}: a path of one machine ({machine}...): no other has it", line + 1));
@@ -102,7 +102,7 @@ fn check_file(path: &str, text: &str, broken: &mut Vec<String>) {
         broken.push(format!("{path}: {} lines of code, more than {LONGEST}: part it", code.len()));
     }
     for (number, line) in &code {
-        if line.contains(".unwrap()") {
+        if line.contains(concat!(".unw", "rap()")) {
             broken.push(format!("{path}:{number}: unwrap outside tests: say with `expect` why it can't fail"));
         }
     }

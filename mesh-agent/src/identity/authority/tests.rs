@@ -240,6 +240,53 @@ async fn the_intermediate_is_renewed_under_the_same_root() {
     assert!(!generation_dir(dir.path(), 1).exists() && generation_dir(dir.path(), 2).exists());
 }
 
+#[tokio::test(start_paused = true)]
+async fn an_intermediate_that_expired_while_nothing_ran_is_renewed_at_the_start() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = CaOptions { clock: Clock::tokio(), ..CaOptions::new(dir.path(), domain()) };
+    let root = Ca::open(options.clone()).unwrap().bundle();
+    tokio::time::advance(INTERMEDIATE_LIFE + SECOND).await;
+    for _ in 0..2 {
+        let ca = Ca::open(options.clone()).unwrap();
+        assert_eq!((ca.bundle(), signed_for(&ca).len()), (root.clone(), 2));
+        assert!(!generation_dir(dir.path(), 1).exists() && generation_dir(dir.path(), 2).exists());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_root_is_replaced_before_it_expires() {
+    let dir = tempfile::tempdir().unwrap();
+    let clock = Clock::tokio();
+    let ca = Ca::open(CaOptions { clock, ..CaOptions::new(dir.path(), domain()) }).unwrap();
+    let old = ca.bundle().fingerprints()[0].clone();
+    // Several intermediates on the way, as a CA that runs all the time would have them.
+    for _ in 0..6 {
+        tokio::time::advance(ROOT_LIFE * 9 / 10 / 6 + SECOND).await;
+        ca.advance().unwrap();
+    }
+    assert_eq!((ca.bundle().fingerprints().len(), &ca.bundle().fingerprints()[0]), (2, &old));
+    tokio::time::advance(DEFAULT_LIFETIME).await;
+    ca.advance().unwrap();
+    tokio::time::advance(DEFAULT_LIFETIME).await;
+    ca.advance().unwrap();
+    assert!(ca.bundle().fingerprints().len() == 1 && !ca.bundle().contains(&old));
+}
+
+#[test]
+fn a_token_pins_all_roots_also_beside_a_controller_that_runs() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = CaOptions::new(dir.path(), domain());
+    let first = trusted_roots(&options).unwrap();
+    let ca = Ca::open(options.clone()).unwrap();
+    assert_eq!(ca.bundle(), first);
+    ca.rotate_root().unwrap();
+    assert_eq!(trusted_roots(&options).unwrap(), ca.bundle());
+
+    let brought = brought();
+    let of_the_user = CaOptions { brought: Some(brought.path().to_owned()), ..options };
+    assert_ne!(trusted_roots(&of_the_user).unwrap(), first);
+}
+
 fn rotation_options(dir: &Path) -> CaOptions {
     let retire = Some(20 * SECOND);
     CaOptions { announce: 10 * SECOND, retire, clock: Clock::tokio(), ..CaOptions::new(dir, domain()) }
@@ -251,7 +298,7 @@ async fn a_change_of_the_root_goes_on_after_a_restart_in_each_phase() {
     let options = rotation_options(dir.path());
     let ca = Ca::open(options.clone()).unwrap();
     let old = ca.bundle().fingerprints()[0].clone();
-    ca.heard_from("node-a", &[old.clone()]).unwrap();
+    ca.heard_from("node-a", std::slice::from_ref(&old)).unwrap();
     let new = ca.rotate_root().unwrap();
     assert!(matches!(ca.rotate_root(), Err(CaError::UnderWay(2))));
     assert_eq!(ca.bundle().fingerprints(), [old.clone(), new.clone()]);
@@ -358,4 +405,26 @@ fn a_request_whose_signature_is_of_another_key_is_refused() {
     der[at + 2] = b'x';
     let pem = certificate_pem(&der).replace("CERTIFICATE", "CERTIFICATE REQUEST");
     assert_eq!(VerifiedCsr::from_pem(&pem).unwrap_err(), CsrError::Signature);
+}
+
+proptest::proptest! {
+    #[test]
+    fn changed_requests_do_no_harm(noise: Vec<u8>, at: proptest::sample::Index, byte: u8) {
+        use proptest::prelude::*;
+        use rustls::pki_types::CertificateSigningRequestDer;
+        use rustls::pki_types::pem::PemObject;
+        let pem = |der: &[u8]| certificate_pem(der).replace("CERTIFICATE", "CERTIFICATE REQUEST");
+        prop_assert!(VerifiedCsr::from_pem(&pem(&noise)).is_err());
+        static GOOD: std::sync::LazyLock<Vec<u8>> = std::sync::LazyLock::new(|| {
+            let (_, pem) = csr::request(&id("web")).unwrap();
+            CertificateSigningRequestDer::from_pem_slice(pem.as_bytes()).unwrap().to_vec()
+        });
+        let mut der = GOOD.clone();
+        let at = at.index(der.len());
+        der[at] = byte;
+        // What still passes is what was signed.
+        if let Ok(request) = VerifiedCsr::from_pem(&pem(&der)) {
+            prop_assert_eq!(request.identity, Some(id("web")));
+        }
+    }
 }

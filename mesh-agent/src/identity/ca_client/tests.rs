@@ -48,7 +48,7 @@ impl Controller {
 
     fn token(&self, node: &str) -> String {
         let soon = SystemTime::now() + Duration::from_secs(600);
-        self.tokens.issue(node, &self.ca.bundle().fingerprints()[0], soon).unwrap()
+        self.tokens.issue(node, self.ca.bundle().fingerprints(), soon).unwrap()
     }
 
     /// Ends it whole: the port is free and the state directory unlocked.
@@ -109,7 +109,7 @@ async fn an_identity_of_another_node_is_not_signed() {
 async fn each_bad_token_is_refused_with_its_reason() {
     let (dir, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let controller = Controller::start(dir.path()).await;
-    let root = controller.ca.bundle().fingerprints()[0].clone();
+    let root = controller.ca.bundle().fingerprints().to_vec();
     let soon = SystemTime::now() + Duration::from_secs(600);
     let past = SystemTime::now() - Duration::from_secs(1);
     let expired = controller.tokens.issue("node-a", &root, past).unwrap();
@@ -117,7 +117,7 @@ async fn each_bad_token_is_refused_with_its_reason() {
     let revoked = controller.token("node-a");
     std::fs::write(dir.path().join(REVOKED), Claims::read(&revoked).unwrap().id).unwrap();
     // The root of another mesh: the controller is not believed, and the token is not shown to it.
-    let other_root = controller.tokens.issue("node-a", &"0".repeat(64), soon).unwrap();
+    let other_root = controller.tokens.issue("node-a", &["0".repeat(64)], soon).unwrap();
     let table = [
         (expired, "has expired at"),
         (foreign, "was not made by this controller"),
@@ -135,7 +135,7 @@ async fn each_bad_token_is_refused_with_its_reason() {
 async fn wrong_settings_are_refused_before_anything_is_sent() {
     let dir = tempfile::tempdir().unwrap();
     let tokens = JoinTokens::open(dir.path()).unwrap();
-    let token = tokens.issue("node-a", "00", SystemTime::now() + Duration::from_secs(600)).unwrap();
+    let token = tokens.issue("node-a", &[], SystemTime::now() + Duration::from_secs(600)).unwrap();
     let refused = |options: CaClientOptions| CaClient::new(options).err().unwrap().to_string();
     let good = options(&["127.0.0.1:1".parse().unwrap()], &token, "node-a", dir.path());
 
@@ -176,7 +176,7 @@ async fn a_workload_can_not_pose_as_the_controller() {
         let (stream, _) = listener.accept().await.unwrap();
         tokio_rustls::TlsAcceptor::from(Arc::new(server)).accept(stream).await.err().map(|e| e.to_string())
     });
-    let root = ca.bundle().fingerprints()[0].clone();
+    let root = ca.bundle().fingerprints().to_vec();
     let token = JoinTokens::open(dir.path()).unwrap();
     let token = token.issue("node-a", &root, SystemTime::now() + Duration::from_secs(60)).unwrap();
     let node_dir = tempfile::tempdir().unwrap();
@@ -283,6 +283,7 @@ async fn a_new_root_signs_when_every_node_trusts_it_and_a_restart_still_knows_th
     // The token still names the old root, which is gone; what was learnt is kept.
     let again = CaClient::new(options(&[controller.address], &token, "node-a", a.dir.path())).unwrap();
     again.ask_bundle().await.map_err(|failure| failure.text).unwrap();
+    drop(again);
     let fresh = tempfile::tempdir().unwrap();
     let fresh = CaClient::new(options(&[controller.address], &token, "node-a", fresh.path())).unwrap();
     assert!(fresh.ask_bundle().await.is_err(), "a node that learnt nothing needs a new token");

@@ -69,7 +69,7 @@ fn a_stranger_is_turned_away_by_the_header() {
     let dir = tempfile::tempdir().unwrap();
     let signer = signer(dir.path());
     let soon = SystemTime::now() + Duration::from_secs(60);
-    let token = signer.tokens.issue("node-a", "00", soon).unwrap();
+    let token = signer.tokens.issue("node-a", &[], soon).unwrap();
     let ask = |value: &str| {
         let mut headers = http::HeaderMap::new();
         headers.insert("authorization", value.parse().unwrap());
@@ -100,4 +100,18 @@ async fn a_port_in_use_is_named() {
     let held = bind(taken).await.unwrap();
     let error = bind(held.local_addr().unwrap()).await.unwrap_err().to_string();
     assert!(error.contains(&taken.to_string()), "{error}");
+}
+
+#[test]
+fn one_address_can_not_take_all_places() {
+    let (room, peers) = (Arc::new(Semaphore::new(1000)), Peers::default());
+    let take = |last| peers.take(IpAddr::from([10, 0, 0, last]), room.clone().try_acquire_owned().unwrap());
+    let mut held: Vec<Place> = (0..400).filter_map(|_| take(1)).collect();
+    assert_eq!(held.len(), MAX_CONNECTIONS_PER_ADDRESS);
+    assert!(take(2).is_some());
+    held.pop();
+    assert!(take(1).is_some());
+    drop(held);
+    assert!(peers.0.lock().unwrap().is_empty());
+    assert_eq!(room.available_permits(), 1000);
 }

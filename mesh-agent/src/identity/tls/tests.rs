@@ -200,3 +200,24 @@ fn no_chain_is_no_identity() {
     assert_eq!(peer_identity(&[]), Err(PeerError::NoCertificate));
     assert!(matches!(peer_identity(&[vec![0x30, 0x00].into()]), Err(PeerError::Parse(_))));
 }
+
+proptest::proptest! {
+    /// Any bytes, and a good certificate with some of its bytes changed: an answer, no panic, and never another's name.
+    #[test]
+    fn changed_certificates_do_no_harm(noise: Vec<u8>, at: proptest::sample::Index, byte: u8) {
+        use proptest::prelude::*;
+        let _ = peer_identity(&[noise.into()]);
+        static LEAF: LazyLock<(AnyRoot, Vec<u8>)> = LazyLock::new(|| {
+            let root = AnyRoot::new();
+            let leaf = root.leaf(vec![uri(id("web"))]).cert[0].to_vec();
+            (root, leaf)
+        });
+        let mut der = LEAF.1.clone();
+        let at = at.index(der.len());
+        let changed = der[at] != byte;
+        der[at] = byte;
+        let _ = peer_identity(&[der.clone().into()]);
+        let taken = LEAF.0.trust().verify(&[der.into()], SystemTime::now());
+        prop_assert!(!changed || taken.is_err(), "byte {at} may be changed");
+    }
+}

@@ -106,7 +106,7 @@ fn choose_from<'a>(
                     Some((_, least)) if load > least => continue,
                     Some((_, least)) if load == least => {
                         equals += 1;
-                        if random(equals) % equals != 0 {
+                        if random(equals) != 0 {
                             continue;
                         }
                     }

@@ -234,7 +234,18 @@ fn a_client_gets_endpoints_of_the_family_it_dialled() {
         assert_eq!(pick(&both, "::ffff:10.96.0.1"), Some(1));
         assert_eq!(pick(&both, "fd00::10"), Some(102));
     }
-    assert_eq!(pick(&port(vec![six]), "10.96.0.1"), Some(102));
+    assert_eq!(pick(&port(vec![six.clone()]), "10.96.0.1"), Some(102));
+    // The family counts among those that only serve, too, and an unfit endpoint does not stand for it.
+    let health = |mut e: Endpoint, ready, serving| {
+        (e.ready, e.serving) = (ready, serving);
+        e
+    };
+    let four = endpoint(1, "eu-a", "n1");
+    let going = port(vec![health(six.clone(), false, true), health(four.clone(), false, true)]);
+    for _ in 0..3 {
+        assert_eq!(pick(&going, "10.96.0.1"), Some(1));
+        assert_eq!(pick(&port(vec![health(four.clone(), false, true), six.clone()]), "10.96.0.1"), Some(102));
+    }
 }
 
 proptest! {

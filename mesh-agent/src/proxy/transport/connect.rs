@@ -2,13 +2,15 @@
 //! the client's address.
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::fd::{AsFd, AsRawFd};
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::AsFd;
 use std::time::Duration;
 
 use socket2::{Domain, Protocol, SockAddr, Socket, TcpKeepalive, Type};
 use tokio::net::{TcpSocket, TcpStream};
 
+use super::HBONE_PORT;
+use super::io::{Use, bound_buffers, set_option};
 use crate::enrollment::EnrolledPod;
 use crate::redirect::Redirect;
 
@@ -22,6 +24,7 @@ pub const TIMEOUT: Duration = Duration::from_secs(10);
 /// Connects from `pod` to `destination`, with the pod's own address.
 pub async fn from_pod(pod: &EnrolledPod, redirect: &Redirect, destination: SocketAddr) -> io::Result<TcpStream> {
     let socket = open(pod, redirect, destination)?;
+    bound_buffers(&socket, if destination.port() == HBONE_PORT { Use::Tunnel } else { Use::Plain })?;
     if let Some(own) = pod.workload.address_like(destination.ip()) {
         bind_without_port(&socket, own)?;
     }
@@ -37,6 +40,7 @@ pub async fn to_application(
     application: SocketAddr,
 ) -> io::Result<TcpStream> {
     let socket = open(pod, redirect, application)?;
+    bound_buffers(&socket, Use::Local)?;
     let client = client.to_canonical();
     let own = pod.workload.addresses.contains(&client) || client.is_loopback() || client.is_unspecified();
     if !own && client.is_ipv4() == application.is_ipv4() {
@@ -73,34 +77,14 @@ async fn connect(socket: Socket, destination: SocketAddr) -> io::Result<TcpStrea
 
 /// Binds the address and leaves the port to `connect`, which knows the destination and can use a port again for another.
 fn bind_without_port(socket: &Socket, address: IpAddr) -> io::Result<()> {
-    set(socket, libc::SOL_IP, libc::IP_BIND_ADDRESS_NO_PORT)?;
+    set_option(socket, libc::SOL_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1)?;
     socket.bind(&SockAddr::from(SocketAddr::new(address, 0)))
 }
 
 fn transparent(socket: &Socket, v4: bool) -> io::Result<()> {
     if v4 {
-        set(socket, libc::SOL_IP, libc::IP_TRANSPARENT)
+        set_option(socket, libc::SOL_IP, libc::IP_TRANSPARENT, 1)
     } else {
-        set(socket, libc::SOL_IPV6, libc::IPV6_TRANSPARENT)
+        set_option(socket, libc::SOL_IPV6, libc::IPV6_TRANSPARENT, 1)
     }
-}
-
-fn set(socket: &Socket, level: libc::c_int, option: libc::c_int) -> io::Result<()> {
-    let on: libc::c_int = 1;
-    // SAFETY: the descriptor is open, and the option's value is an int that outlives the call.
-    let result = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            level,
-            option,
-            (&raw const on).cast(),
-            size_of::<libc::c_int>() as libc::socklen_t,
-        )
-    };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
-}
-
-/// The address an in-pod listener is bound to: all of both families, or of IPv4 where the pod has no IPv6.
-pub fn any(v6: bool) -> IpAddr {
-    if v6 { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() }
 }

@@ -24,10 +24,9 @@ use crate::model::{Snapshot, SpiffeId};
 use crate::proxy::error::{ConnError, TunnelError};
 use crate::redirect::Redirect;
 
-/// Sessions of one pair of pods on one worker; further connections share HBONE tunnels. Bounds sockets and handshakes.
-const MAX_SESSIONS: usize = 128;
-/// Idle sessions that are kept of one pair.
-const MAX_IDLE: usize = 64;
+/// Sessions of one pair of pods, over all workers; further connections share HBONE tunnels. Bounds sockets, handshakes and
+/// the pod's ephemeral ports.
+const MAX_SESSIONS: usize = 96;
 /// An idle tunnel is closed after this.
 const IDLE: Duration = Duration::from_secs(90);
 
@@ -45,8 +44,8 @@ pub enum Carrier {
     Hbone { send: SendStream<Bytes>, receive: RecvStream, place: hbone::Place },
 }
 
-#[derive(Default)]
 pub struct Pool {
+    max_sessions: usize,
     entries: RefCell<HashMap<Key, Rc<Entry>>>,
 }
 
@@ -100,6 +99,11 @@ pub struct Dialer<'a> {
 }
 
 impl Pool {
+    /// The pool of one of so many workers.
+    pub fn new(workers: usize) -> Self {
+        Self { max_sessions: (MAX_SESSIONS / workers).max(4), entries: RefCell::default() }
+    }
+
     /// Opens a connection to `destination`, an address of `peer`, over a tunnel that stands or a new one.
     pub async fn open(&self, dialer: &Dialer<'_>, peer: &Peer, destination: SocketAddr) -> Result<Carrier, ConnError> {
         let entry = self.entry(Key {
@@ -116,10 +120,17 @@ impl Pool {
                     Err(e) => return Err(tunnel_error(destination, e)),
                 }
             }
-            if entry.sessions.get() < MAX_SESSIONS {
+            if entry.sessions.get() < self.max_sessions {
                 // Counted before dialling, so that a storm does not dial more.
                 let lease = Lease::reserve(&entry);
-                let (established, expires) = dial(dialer, peer, false).await?;
+                let (established, expires) = match dial(dialer, peer, false).await {
+                    // The pod has no port left for a session of its own: one of those that stand may be shared.
+                    Err(ConnError::Connect { source, .. }) if source.kind() == io::ErrorKind::AddrNotAvailable => {
+                        drop(lease);
+                        return self.open_hbone(&entry, dialer, peer, destination).await;
+                    }
+                    dialled => dialled?,
+                };
                 match established.tunnel {
                     Tunnel::Session => {
                         let mut lease = lease.filled(Session::new(established), expires);
@@ -262,7 +273,7 @@ impl Lease {
     pub fn finish(mut self) {
         let Some(session) = self.session.take() else { return };
         let mut idle = self.entry.idle.borrow_mut();
-        if !session.is_broken() && idle.len() < MAX_IDLE {
+        if !session.is_broken() {
             idle.push(Idle { session, since: Instant::now(), expires: self.expires });
         } else {
             session.close();

@@ -282,20 +282,25 @@ impl Sender {
 
 /// Application to tunnel.
 async fn upload(app: &TcpStream, tcp: &TcpStream, sender: &mut Sender, count: &Cell<u64>) -> Result<(), End> {
+    // One slot for a start: small messages need no more, and a vector costs more than a buffer.
+    let mut bulk = false;
     loop {
         sock::readable(app).await.map_err(End::LocalReset)?;
         let mut buffer = Buffer::take();
-        let read = {
+        let read = if !bulk {
+            sock::try_read(app, &mut [IoSliceMut::new(&mut buffer[DATA_AT..DATA_AT + SLOT_DATA])])
+        } else {
             let mut slots =
                 buffer.chunks_exact_mut(SLOT).map(|s| IoSliceMut::new(&mut s[DATA_AT..DATA_AT + SLOT_DATA]));
             let mut slots = [(); 4].map(|()| slots.next().expect("a buffer has four slots"));
-            sock::try_read(app, &mut slots).map_err(End::LocalReset)?
+            sock::try_read(app, &mut slots)
         };
-        let bytes = match read {
+        let bytes = match read.map_err(End::LocalReset)? {
             None => continue,
             Some(0) => return sender.send(tcp, Kind::Fin, &[]).await.map_err(End::Broken),
             Some(n) => n,
         };
+        bulk = bytes >= SLOT_DATA;
         sender.rekey(tcp).await.map_err(End::Broken)?;
         let (mut rest, mut sealed) = (bytes, 0);
         while rest > 0 {

@@ -113,6 +113,10 @@ fn action(spec: &Spec, report: &mut Report) -> (Action, Source) {
             (Action::Deny, Source::Deny)
         }
     };
+    if spec.rules.is_empty() && matches!(spec.action.as_str(), "DENY" | "AUDIT") {
+        report
+            .warning("spec.rules", format!("{} without rules matches nobody: write the rules it is for", spec.action));
+    }
     if spec.provider.is_some() && spec.action != "CUSTOM" {
         report.warning("spec.provider", "a provider means nothing without the action CUSTOM: remove it");
     }

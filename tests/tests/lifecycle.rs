@@ -1,0 +1,272 @@
+//! Pods and agents come, go and die: what stays open, what stays shut, what is left behind.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::os::unix::fs::MetadataExt;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use mesh_tests::ring::{Case, Mode, World, meshed_only, run};
+use mesh_tests::traffic::{PATIENCE, Refusal, SetOnDrop, call, echo_in, pair, ping, refusal};
+use mesh_tests::{Mesh, MeshMode, Pod, eventually, throughout};
+
+struct Lifecycle {
+    world: World,
+    client: Arc<Pod>,
+    near: Arc<Pod>,
+    far: Arc<Pod>,
+    outsider: Arc<Pod>,
+}
+
+fn build() -> Lifecycle {
+    let mesh = Mesh::new().node("n1").node("n2");
+    mesh.manifests().label("life", MeshMode::Enabled);
+    let client = mesh.pod("n1", "life/client");
+    let near = mesh.pod("n1", "life/near");
+    let far = mesh.pod("n2", "life/far");
+    let outsider = mesh.pod("n2", "outside/stranger");
+    // A map of this size is soon full; it serves all other cases well, for entries live for microseconds.
+    let world = World::start(mesh, Mode::of_this_run(), &["--orig-dst-entries", &ENTRIES.to_string()]);
+    world.wait_enrolled(&[&client, &near, &far]);
+    Lifecycle { world, client, near, far, outsider }
+}
+
+/// Room in the kernel's map of original destinations.
+const ENTRIES: usize = 256;
+
+const CASES: &[Case<Lifecycle>] = &[
+    ("case_30_kill_9_fails_closed_and_a_restart_brings_all_back", case_30_kill_9),
+    ("case_36_a_pod_deleted_in_mid_transfer_leaves_nothing", case_36_pod_deleted_in_mid_transfer),
+    ("case_37_a_full_map_denies_and_counts", case_37_a_full_map_denies_and_counts),
+    ("case_44_older_connections_go_on_and_pods_leave_live", case_44_enrol_and_unenrol_live),
+    ("a_pod_label_goes_before_its_namespaces", a_pod_label_goes_before_its_namespaces),
+    ("sigterm_drains", sigterm_drains),
+    ("cleanup_leaves_nothing", cleanup_leaves_nothing),
+];
+
+fn main() -> ExitCode {
+    run(build, |l| &l.world, meshed_only(CASES))
+}
+
+#[track_caller]
+fn refused_promptly(client: &Pod, to: SocketAddr, what: &str) {
+    let refused = refusal(client, to);
+    assert!(refused.is_some_and(Refusal::is_prompt), "{what}: {refused:?}");
+}
+
+fn case_30_kill_9(l: &Lifecycle) {
+    let (far, near) = (SocketAddr::new(l.far.v4(), echo_in(&l.far)), SocketAddr::new(l.near.v4(), echo_in(&l.near)));
+    let (done, served) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let capture = l.world.mesh().capture("n1");
+    thread::scope(|s| {
+        let _stop = SetOnDrop(&done);
+        // Load: most of these calls succeed before and after, none in between; `call` says "are you there?".
+        for _ in 0..2 {
+            s.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    served.fetch_add(usize::from(call(&l.client, far).is_ok()), Ordering::Relaxed);
+                }
+            });
+        }
+        eventually(PATIENCE, "the load runs", || served.load(Ordering::Relaxed) > 100);
+
+        // The client's agent: nothing goes out. (A call in flight may have been answered already.)
+        l.world.agent("n1").kill();
+        for to in [far, near, SocketAddr::new(l.far.v6(), far.port())] {
+            refused_promptly(&l.client, to, "out, without an agent");
+        }
+        refused_promptly(&l.near, far, "out, without an agent");
+        // Nothing comes in either, not even from a pod that no mesh redirects.
+        refused_promptly(&l.outsider, near, "in, without an agent");
+        let took = l.world.agent("n1").restart();
+        assert!(took < Duration::from_secs(2), "ready only {took:?} after its start");
+        call(&l.client, far).expect("the restarted agent serves the pods that it finds");
+        call(&l.outsider, near).expect("and lets in what may come in");
+
+        // The server's agent.
+        l.world.agent("n2").kill();
+        refused_promptly(&l.client, far, "to a node without an agent");
+        refused_promptly(&l.near, far, "to a node without an agent");
+        refused_promptly(&l.outsider, far, "in, without an agent");
+        let took = l.world.agent("n2").restart();
+        assert!(took < Duration::from_secs(2), "ready only {took:?} after its start");
+        // The client's agent has to find that its tunnels are dead.
+        eventually(Duration::from_secs(2), "calls are served again", || call(&l.client, far).is_ok());
+
+        let before = served.load(Ordering::Relaxed);
+        eventually(PATIENCE, "the load goes on", || served.load(Ordering::Relaxed) > before + 100);
+    });
+    // The outsider speaks plaintext, as it may; the client and its neighbour never.
+    let mut recording = capture.stop();
+    let outsider = [l.outsider.v4(), l.outsider.v6()];
+    recording.segments.retain(|s| !outsider.contains(&s.source.0) && !outsider.contains(&s.destination.0));
+    assert!(!recording.contains(b"are you there?"), "plaintext passed when an agent was dead");
+}
+
+fn case_36_pod_deleted_in_mid_transfer(l: &Lifecycle) {
+    for node in ["n1", "n2"] {
+        let pod = l.world.mesh().pod(node, "life/short-lived");
+        l.world.wait_enrolled(&[&pod]);
+        let netns = fs::metadata(pod.netns().path()).unwrap().ino();
+        let link = format!("pod{}", pod.v4().to_string().rsplit('.').next().unwrap());
+        let (near, far) = pair(&pod, &l.far);
+        near.set_nonblocking(true).unwrap();
+        while (&near).write(&[0; 65536]).is_ok() {}
+        (&far).read_exact(&mut [0; 100_000]).unwrap();
+        // The manifest, the sockets of the application, and the runtime's name for the namespace go; in this order.
+        l.world.mesh().manifests().delete("pod", pod.namespace(), pod.name());
+        drop(near);
+        drop(pod);
+        drop(far);
+        let agent_holds = || {
+            let pid = l.world.agent(node).process().id();
+            let fds = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
+            let mut targets = fds.filter_map(|fd| fs::read_link(fd.path()).ok());
+            targets.any(|target| target.to_string_lossy() == format!("net:[{netns}]"))
+        };
+        eventually(PATIENCE, "the agent lets go of the namespace", || !agent_holds());
+        let netns = l.world.mesh().get_node(node).netns();
+        eventually(PATIENCE, "the pod's link is gone with its namespace", || {
+            !netns.command("ip").args(["link", "show", &link]).output().unwrap().status.success()
+        });
+    }
+}
+
+fn case_37_a_full_map_denies_and_counts(l: &Lifecycle) {
+    const TRIED: usize = ENTRIES + 64;
+    let far = SocketAddr::new(l.far.v4(), echo_in(&l.far));
+    let full =
+        || l.world.agent("n1").metric("nodemesh_kernel_events_total", &[("event", "map_full"), ("reason", "orig_dst")]);
+    let before = full();
+    let capture = l.world.mesh().capture("n1");
+    // An agent that does not accept takes no entry out. The kernel completes the handshakes in its place.
+    l.world.agent("n1").freeze();
+    let streams: Vec<TcpStream> =
+        (0..TRIED).map(|_| l.client.connect(far).expect("the agent's listener has room")).collect();
+    l.world.agent("n1").thaw();
+    // Where no entry found room, nobody knows where the connection was meant to go: it is reset, never guessed.
+    let answers: Vec<_> = streams.iter().map(|stream| ping(stream, b"where to?").map_err(|e| e.kind())).collect();
+    let served = answers.iter().filter(|answer| answer.is_ok()).count();
+    assert!(served > 0 && served <= ENTRIES, "{served} of {TRIED} were served with room for {ENTRIES}");
+    for refused in answers.into_iter().filter_map(Result::err) {
+        assert!(Refusal::Afterwards(Some(refused)).is_prompt(), "{refused:?}");
+    }
+    assert!(!capture.stop().contains(b"where to?"));
+    let counted = full() - before;
+    assert!(counted >= (TRIED - ENTRIES) as f64, "{counted} were counted");
+    drop(streams);
+    eventually(PATIENCE, "all is well again", || call(&l.client, far).is_ok());
+}
+
+fn case_44_enrol_and_unenrol_live(l: &Lifecycle) {
+    let mesh = l.world.mesh();
+    mesh.manifests().label("later", MeshMode::Unset);
+    let client = mesh.pod("n1", "later/client");
+    let server = mesh.pod("n2", "later/server");
+    let to = SocketAddr::new(server.v4(), echo_in(&server));
+    let old = client.connect(to).unwrap();
+    ping(&old, b"before enrolment").unwrap();
+
+    mesh.manifests().label("later", MeshMode::Enabled);
+    l.world.wait_enrolled(&[&client, &server]);
+    let capture = mesh.capture("n1");
+    ping(&old, b"the old connection goes on").unwrap();
+    call(&client, to).unwrap();
+    let new = client.connect(to).unwrap();
+    ping(&new, b"the new one is protected").unwrap();
+    let recording = capture.stop();
+    assert!(recording.contains(b"the old connection goes on"));
+    assert!(!recording.contains(b"the new one is protected"));
+    let counted = |node: &str| l.world.agent(node).meshctl_json(&["workloads"]).to_string();
+    assert!(counted("n1").contains("\"legacy_connections\":1"), "the old connection is counted: {}", counted("n1"));
+
+    mesh.manifests().label("later", MeshMode::Unset);
+    l.world.agent("n1").wait_enrolled(&client, false);
+    l.world.agent("n2").wait_enrolled(&server, false);
+    let capture = mesh.capture("n1");
+    ping(&old, b"the oldest still goes on").unwrap();
+    ping(&new, b"so does the protected one").unwrap();
+    let plain = client.connect(to).unwrap();
+    ping(&plain, b"plain again").unwrap();
+    let recording = capture.stop();
+    assert!(recording.contains(b"plain again") && !recording.contains(b"so does the protected one"));
+    mesh.delete(client);
+    mesh.delete(server);
+}
+
+fn a_pod_label_goes_before_its_namespaces(l: &Lifecycle) {
+    let mesh = l.world.mesh();
+    let out = mesh.add(mesh_tests::PodSpec::new("n1", "life/opted-out").label("nodemesh.io/mode", "disabled"));
+    let joined = mesh.add(mesh_tests::PodSpec::new("n1", "outside/opted-in").label("nodemesh.io/mode", "enabled"));
+    l.world.wait_enrolled(&[&joined]);
+    throughout(Duration::from_millis(300), "it stays out", || !l.world.agent("n1").is_enrolled(&out));
+    mesh.delete(out);
+    mesh.delete(joined);
+}
+
+fn sigterm_drains(l: &Lifecycle) {
+    let far = SocketAddr::new(l.far.v4(), echo_in(&l.far));
+    let stream = l.client.connect(far).unwrap();
+    ping(&stream, b"before").unwrap();
+    let mut agent = l.world.agent("n1");
+    agent.process().signal(rustix::process::Signal::TERM);
+    // What is open may finish within the drain time...
+    for _ in 0..5 {
+        ping(&stream, b"while it drains").expect("an open connection may go on while the agent drains");
+    }
+    drop(stream);
+    // ... and when it has, the agent ends by itself.
+    agent.stop();
+    refused_promptly(&l.client, far, "a stopped agent is as closed as a dead one");
+    agent.restart();
+    drop(agent);
+    call(&l.client, far).unwrap();
+}
+
+fn cleanup_leaves_nothing(l: &Lifecycle) {
+    let far = SocketAddr::new(l.far.v4(), echo_in(&l.far));
+    for node in ["n1", "n2"] {
+        l.world.agent(node).stop();
+        let said = l.world.mesh().cleanup(node).success();
+        assert!(!said.is_empty(), "it says what it removed");
+        let mut pins = files_below(&l.world.mesh().bpffs(node));
+        // Every bpffs has these two, made by the kernel.
+        pins.retain(|pin| !pin.ends_with("/progs.debug") && !pin.ends_with("/maps.debug"));
+        assert!(pins.is_empty(), "pins are left: {pins:?}");
+        let again = l.world.mesh().cleanup(node);
+        assert_eq!(again.code, Some(0), "a second clean-up finds nothing and is no error: {}", again.stderr);
+    }
+    // No program steers or refuses: pods talk as if there never had been a mesh.
+    call(&l.client, far).expect("plain again");
+    let refused = refusal(&l.client, SocketAddr::new(l.far.v4(), 1));
+    assert_eq!(refused, Some(Refusal::AtConnect(std::io::ErrorKind::ConnectionRefused)));
+    for pod in [&l.client, &l.near, &l.far] {
+        let rules =
+            pod.output("ip", &["rule", "show"]).success() + &pod.output("ip", &["-6", "rule", "show"]).success();
+        assert!(!rules.contains("fwmark"), "rules are left in {}: {rules}", pod.name());
+        let routes = pod.output("ip", &["route", "show", "table", "100"]);
+        assert!(routes.stdout.is_empty(), "routes are left in {}: {}", pod.name(), routes.stdout);
+    }
+    // Back for whoever comes next.
+    for node in ["n1", "n2"] {
+        l.world.agent(node).restart();
+    }
+    l.world.wait_enrolled(&[&l.client, &l.near, &l.far]);
+    call(&l.client, far).unwrap();
+}
+
+fn files_below(folder: &std::path::Path) -> Vec<String> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            found.extend(files_below(&entry.path()));
+        } else {
+            found.push(entry.path().display().to_string());
+        }
+    }
+    found
+}
