@@ -78,7 +78,7 @@ fn state(readiness: Readiness) -> AdminState {
         Problem { severity: Severity::Error, object: Arc::new(object), field: String::new(), message: "no".into() };
     let (layer, log) = LogLevel::new("info").unwrap();
     // The level is that of a living subscriber; this one lives as long as the test.
-    std::mem::forget(layer);
+    Box::leak(Box::new(layer));
     AdminState {
         node: "a".to_owned(),
         started: Instant::now(),

@@ -12,6 +12,8 @@ use crate::config::ConfigError;
 pub enum Exit {
     /// Wrong usage or a wrong setting. It will be wrong at the next try too.
     Usage = 64,
+    /// The manifests that `meshctl analyze` was shown have errors.
+    Data = 65,
     /// Something outside is not there: an agent, a port, a mount. It may be there later.
     Unavailable = 69,
     /// Our own fault, or one we did not think of.
@@ -31,6 +33,10 @@ pub struct Failure {
 impl Failure {
     pub fn usage(message: impl Into<String>) -> Self {
         Self { exit: Exit::Usage, message: message.into() }
+    }
+
+    pub fn data(message: impl Into<String>) -> Self {
+        Self { exit: Exit::Data, message: message.into() }
     }
 
     pub fn unavailable(message: impl Into<String>) -> Self {
