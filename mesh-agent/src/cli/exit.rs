@@ -68,7 +68,7 @@ pub(super) fn code(error: &anyhow::Error) -> Exit {
     if let Some(failure) = error.downcast_ref::<Failure>() {
         return failure.exit;
     }
-    error.chain().find_map(|cause| of_cause(cause)).unwrap_or(Exit::Internal)
+    error.chain().find_map(of_cause).unwrap_or(Exit::Internal)
 }
 
 fn of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<Exit> {
