@@ -37,9 +37,13 @@ const SWEEP: Duration = Duration::from_secs(60);
 /// `mesh-agent node`: serves the pods of this node until a signal ends it.
 pub fn run_node(config: config::Node) -> anyhow::Result<()> {
     let log = logging::init(&config.logging.filter, config.logging.format).map_err(|e| anyhow!(e))?;
-    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+    identity::install_provider();
     raise_file_limit();
-    control_runtime()?.block_on(node(config, log))
+    let runtime = control_runtime()?;
+    let result = runtime.block_on(node(config, log));
+    // Not dropped: that would wait for threads that are stuck.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    result
 }
 
 async fn node(config: config::Node, log: logging::LogLevel) -> anyhow::Result<()> {
@@ -149,7 +153,7 @@ async fn stopped(
 /// `mesh-agent controller`: the CA of a mesh, until a signal ends it.
 pub fn run_controller(config: config::Controller) -> anyhow::Result<()> {
     logging::init(&config.logging.filter, config.logging.format).map_err(|e| anyhow!(e))?;
-    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+    identity::install_provider();
     control_runtime()?.block_on(async {
         let mut signals = Signals::new().context("cannot wait for signals")?;
         let ca = open_ca(&config)?;
@@ -166,7 +170,10 @@ pub fn run_controller(config: config::Controller) -> anyhow::Result<()> {
         tokio::spawn(take_requests(ca.clone(), config.state_dir.join(ROTATE_ROOT)));
         tracing::info!(listen = %config.listen, trust_domain = %config.trust_domain, "the CA is ready");
         let options = CaServerOptions { listener, names: config.sans, ca, tokens, runs_on, poll: ROOTS_POLL };
-        identity::serve(options, async { drop(signals.recv().await) }).await?;
+        identity::serve(options, async {
+            signals.recv().await;
+        })
+        .await?;
         Ok(())
     })
 }
@@ -304,7 +311,9 @@ async fn sweep(telemetry: Arc<Telemetry>, sources: Sources, redirect: Arc<Redire
     loop {
         tick.tick().await;
         telemetry.metrics.sweep(&sources.snapshot.load(), Instant::now());
-        redirect.sweep();
+        if let Err(e) = redirect.sweep() {
+            tracing::warn!("cannot sweep the kernel's maps: {e}");
+        }
     }
 }
 

@@ -1,6 +1,11 @@
 //! One address family for all: a 16-byte IP, IPv4 written as `::ffff:a.b.c.d`, in words as they lie in the kernel's
 //! contexts (network byte order in memory).
 
+#![cfg_attr(
+    feature = "user",
+    expect(unsafe_code, reason = "the types of the maps are plain bytes: `aya::Pod` is an unsafe trait")
+)]
+
 /// `::ffff:0:0/96` as the third word.
 const MAPPED: u32 = 0xffff_u32.to_be();
 

@@ -1,5 +1,10 @@
 //! Names, sizes, keys and values of the maps, and the counters.
 
+#![cfg_attr(
+    feature = "user",
+    expect(unsafe_code, reason = "the types of the maps are plain bytes: `aya::Pod` is an unsafe trait")
+)]
+
 use crate::{Addr, Ip};
 
 /// The layout of the pinned maps. Part of the pin path: another schema never reads these maps.

@@ -4,6 +4,7 @@
 //! loads and attaches them. In: sockets of every process on the node. Out: sockets of enrolled pods, pointed at the agent;
 //! all others untouched.
 
+#[expect(clippy::mut_from_ref, reason = "a map hands out its value; the kernel keeps it alive, and races are meant")]
 mod context;
 mod enrolled;
 mod maps;

@@ -52,7 +52,7 @@ fn remember_destination(ctx: *mut bpf_sock_ops, known: &SocketDst, netns: u64) {
         return;
     }
     let dst = known.dst;
-    if ORIG_DST.insert(&tuple, &dst, u64::from(BPF_ANY)).is_err() {
+    if ORIG_DST.insert(tuple, dst, u64::from(BPF_ANY)).is_err() {
         count(Event::OrigDstFull);
         return;
     }
@@ -86,7 +86,7 @@ fn attest(ctx: *mut bpf_sock_ops, tuple: &SockTuple, pod_index: u32, event: Even
     // SAFETY: a plain helper.
     let at_nanos = unsafe { bpf_ktime_get_ns() };
     let attested = Attested { at_nanos, pod_index, pad: 0 };
-    if ATTESTED.insert(tuple, &attested, u64::from(BPF_ANY)).is_err() {
+    if ATTESTED.insert(tuple, attested, u64::from(BPF_ANY)).is_err() {
         count(Event::AttestedFull);
         return;
     }
@@ -108,10 +108,10 @@ fn closed(ctx: *mut bpf_sock_ops) {
     // SAFETY: a plain helper on a valid context.
     let netns = unsafe { bpf_get_netns_cookie(ctx.cast()) };
     if storage::<SocketDst, _>(&SOCKET_DST, sk).is_some() {
-        let _ = ORIG_DST.remove(&tuple_of(ctx, netns));
+        let _ = ORIG_DST.remove(tuple_of(ctx, netns));
     } else {
         // Asked for by another program's flag: there is none.
-        let _ = ATTESTED.remove(&tuple_of(ctx, 0));
+        let _ = ATTESTED.remove(tuple_of(ctx, 0));
     }
 }
 

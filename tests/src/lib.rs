@@ -16,7 +16,6 @@ mod agent;
 mod capture;
 mod cgroup;
 mod http;
-pub mod kernel_fixture;
 mod manifests;
 mod mesh;
 mod netns;

@@ -4,6 +4,7 @@ mod legacy;
 mod netns;
 mod pods;
 mod routes;
+pub mod sockets;
 
 pub use netns::{Netns, NetnsError};
 pub use pods::{EnrolledPod, Enrollment, Inputs, PodEvent, PodStatus, Settled};

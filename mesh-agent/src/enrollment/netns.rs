@@ -1,4 +1,5 @@
 //! Enter a pod's network namespace: open sockets there, and prepare it so that the application sees its clients.
+#![expect(unsafe_code, reason = "getsockopt(SO_NETNS_COOKIE), which no library has")]
 
 use std::fs::File;
 use std::io;
@@ -11,7 +12,7 @@ use std::sync::OnceLock;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::proxy::transport::io::{Use, bound_buffers};
+use super::sockets::{Use, bound_buffers};
 use crate::redirect::NetnsCookie;
 
 /// The namespace that this process was started in; every thread of ours is at home there.

@@ -15,7 +15,7 @@ use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
 use rtnetlink::{Handle, RouteMessageBuilder};
 
 use super::Netns;
-use crate::proxy::transport::connect::SPOOF_MARK;
+use super::sockets::SPOOF_MARK;
 use crate::redirect::NetnsCookie;
 
 const TABLE: u32 = 100;

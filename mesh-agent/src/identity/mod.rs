@@ -35,6 +35,12 @@ pub use files::FileError;
 pub use issuer::IssuerError;
 pub use join_token::{Claims, DEFAULT_TOKEN_LIFE, JoinTokens, TokenError};
 pub use rotation::Clock;
+/// Makes our cryptography the process's default, for what is configured elsewhere (gRPC).
+pub fn install_provider() {
+    // A second call finds the first's, which is the same.
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+}
+
 pub use tls::{
     ALPN_H2, ALPN_NODEMESH, PeerError, Trust, client_config, describe, peer_identity, provider, server_config,
 };

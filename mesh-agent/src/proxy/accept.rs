@@ -71,23 +71,6 @@ pub async fn run(worker: Rc<Worker>, pod: Arc<LocalPod>, gate: Gate) {
     }
 }
 
-/// Serves an accepted socket on this worker.
-pub async fn serve(worker: Rc<Worker>, pod: Arc<LocalPod>, gate: Gate, socket: std::net::TcpStream, peer: SocketAddr) {
-    let accepted = socket.local_addr().and_then(|local| {
-        let local = SocketAddr::new(local.ip().to_canonical(), local.port());
-        Ok(Accepted { tcp: TcpStream::from_std(socket)?, peer, local })
-    });
-    let accepted = match accepted {
-        Ok(accepted) => accepted,
-        Err(e) => return tracing::warn!(%peer, "cannot serve a connection: {e}; check the limit of open files"),
-    };
-    match gate {
-        Gate::Outbound => super::outbound::serve(worker, pod, accepted).await,
-        Gate::Plain => super::inbound::serve_plain(worker, pod, accepted).await,
-        Gate::Tls => super::inbound::serve_tls(worker, pod, accepted).await,
-    }
-}
-
 fn canonical(address: SocketAddrAny) -> Option<SocketAddr> {
     let address = SocketAddr::try_from(address).ok()?;
     Some(SocketAddr::new(address.ip().to_canonical(), address.port()))

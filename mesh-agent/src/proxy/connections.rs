@@ -178,23 +178,17 @@ impl Connections {
 
 impl Entry {
     /// The connection has ended: metrics and access log get its last word.
-    pub fn end(self, result: Result<(), &ConnError>) {
+    pub fn end(self, result: &Result<(), ConnError>) {
         let (flag, error) = match result {
             Ok(()) => (ResponseFlag::None, None),
             Err(e) => (e.flag(), Some(e.to_string())),
         };
-        self.record(flag, error);
-        std::mem::forget(self.leave());
+        self.leave(flag, error);
     }
 
-    /// Takes the parts apart without running `drop` twice.
-    fn leave(self) -> Self {
-        self.connections.open.borrow_mut().remove(&self.id);
-        self
-    }
-
-    fn record(&self, flag: ResponseFlag, error: Option<String>) {
-        let Some(open) = self.connections.open.borrow().get(&self.id).cloned() else { return };
+    /// Takes the connection out, with its last word; the second time there is none.
+    fn leave(&self, flag: ResponseFlag, error: Option<String>) {
+        let Some(open) = self.connections.open.borrow_mut().remove(&self.id) else { return };
         open.flush();
         let outcome = Outcome {
             flag,
@@ -211,8 +205,7 @@ impl Entry {
 
 impl Drop for Entry {
     fn drop(&mut self) {
-        self.record(ResponseFlag::None, Some("the agent stopped".to_owned()));
-        self.connections.open.borrow_mut().remove(&self.id);
+        self.leave(ResponseFlag::None, Some("the agent stopped".to_owned()));
     }
 }
 

@@ -6,7 +6,8 @@ use std::net::SocketAddr;
 use super::policy::Denied;
 use super::transport::frame::Refusal;
 use super::transport::handshake::HandshakeError;
-use super::transport::session::SessionError;
+use super::transport::session::{self, SessionError, Side};
+use super::transport::{copy, hbone};
 use crate::model::SpiffeId;
 use crate::telemetry::ResponseFlag;
 
@@ -90,5 +91,44 @@ fn refusal_text(refusal: Refusal) -> &'static str {
         Refusal::BadRequest => "it does not serve that address",
         Refusal::Denied => "denied by a policy there; see its access log",
         Refusal::Unreachable => "the application does not answer",
+    }
+}
+
+/// What the end of a session's connection means to the record.
+pub fn of_session(end: session::End, address: SocketAddr, side: Side) -> Result<(), ConnError> {
+    match end {
+        session::End::Finished => Ok(()),
+        session::End::Cut => Err(ConnError::PolicyChanged),
+        session::End::LocalReset(e) => Err(local_reset(e, side)),
+        session::End::PeerReset => Err(ConnError::PeerReset),
+        session::End::Broken(e) => Err(ConnError::Tunnel { address, source: e.into() }),
+    }
+}
+
+/// The same for a stream of HBONE.
+pub fn of_hbone(end: hbone::End, address: SocketAddr, side: Side) -> Result<(), ConnError> {
+    match end {
+        hbone::End::Finished => Ok(()),
+        hbone::End::Cut => Err(ConnError::PolicyChanged),
+        hbone::End::LocalReset(e) => Err(local_reset(e, side)),
+        hbone::End::PeerReset => Err(ConnError::PeerReset),
+        hbone::End::Broken(e) => Err(ConnError::Tunnel { address, source: e.into() }),
+    }
+}
+
+fn local_reset(e: io::Error, side: Side) -> ConnError {
+    match side {
+        Side::Client => ConnError::ClientReset(e),
+        Side::Server => ConnError::ServerReset(e),
+    }
+}
+
+/// The same for plain copying.
+pub fn of_copy(end: copy::End) -> Result<(), ConnError> {
+    match end {
+        copy::End::Finished => Ok(()),
+        copy::End::Cut => Err(ConnError::PolicyChanged),
+        copy::End::ClientReset(e) => Err(ConnError::ClientReset(e)),
+        copy::End::ServerReset(e) => Err(ConnError::ServerReset(e)),
     }
 }

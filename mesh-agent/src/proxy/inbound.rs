@@ -1,6 +1,6 @@
 //! The server's side: a connection to a pod of this node, by mutual TLS on port 15008 or in plaintext on any other.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
@@ -8,9 +8,9 @@ use std::time::Instant;
 use tokio::net::TcpStream;
 
 use super::accept::Accepted;
+use super::application::{self, current, facts};
 use super::connections::{Cut, Judged, Transport};
-use super::error::ConnError;
-use super::outbound::{copy_result, hbone_result, session_result};
+use super::error::{self, ConnError};
 use super::policy::{self, Connection};
 use super::transport::frame::Refusal;
 use super::transport::handshake::{self, Tunnel};
@@ -18,8 +18,8 @@ use super::transport::hbone::{self, Incoming};
 use super::transport::session::{Counts, Session, Side};
 use super::transport::{HBONE_PORT, connect, copy, io as sock};
 use super::worker::{LocalPod, Worker};
-use crate::model::{Snapshot, SpiffeId, Workload};
-use crate::telemetry::{Facts, Party, Reporter, Security};
+use crate::model::SpiffeId;
+use crate::telemetry::Security;
 
 /// The agent's own ports in a pod are no applications: a connection to them would come back to us, for ever.
 const OWN_PORTS: [u16; 3] = [15001, 15006, HBONE_PORT];
@@ -81,8 +81,8 @@ async fn serve_session(worker: &Rc<Worker>, pod: &Arc<LocalPod>, peer: SocketAdd
         let open = enter(worker, pod, judged, Transport::Session, &cut, &counts, started);
         let end = session.relay(app, Side::Server, &counts, cut.asked()).await;
         let broken = matches!(end, super::transport::session::End::Broken(_)) || session.is_broken();
-        let result = session_result(end, peer, Side::Server);
-        open.end(result.as_ref().map(|()| ()));
+        let result = error::of_session(end, peer, Side::Server);
+        open.end(&result);
         if broken {
             return;
         }
@@ -123,7 +123,7 @@ async fn serve_stream(
         }
     };
     let end = hbone::relay(app, send, receive, Side::Server, &counts, stop).await;
-    open.end(hbone_result(end, peer, Side::Server).as_ref().map(|()| ()));
+    open.end(&error::of_hbone(end, peer, Side::Server));
 }
 
 /// Serves a plaintext connection: the local address is the one that the client asked for.
@@ -142,8 +142,8 @@ pub async fn serve_plain(worker: Rc<Worker>, pod: Arc<LocalPod>, accepted: Accep
             () = pod.gone.cancelled() => {}
         }
     };
-    let result = copy_result(copy::relay(tcp, app, &counts, stop).await);
-    open.end(result.as_ref().map(|()| ()));
+    let result = error::of_copy(copy::relay(tcp, app, &counts, stop).await);
+    open.end(&result);
 }
 
 /// Judges a connection and reaches the application; what fails is on record when this returns.
@@ -174,22 +174,10 @@ async fn admit(
     if let Err(denied) = verdict.result {
         return Err(refuse(&judged, ConnError::Denied(denied), Refusal::Denied));
     }
-    match application(worker, pod, peer.ip(), destination).await {
+    match application::connect(worker, pod, peer.ip(), destination).await {
         Ok(app) => Ok((app, judged)),
         Err(error) => Err(refuse(&judged, error, Refusal::Unreachable)),
     }
-}
-
-/// Connects to the application in its pod, as the client.
-pub async fn application(
-    worker: &Worker,
-    pod: &LocalPod,
-    client: IpAddr,
-    address: SocketAddr,
-) -> Result<TcpStream, ConnError> {
-    connect::to_application(&pod.pod, &worker.shared.redirect, client, address)
-        .await
-        .map_err(|source| ConnError::Connect { address, source })
 }
 
 /// Enters an open connection, and cuts it at once where policy changed while the application was reached.
@@ -230,31 +218,4 @@ fn failed(
         audited: Vec::new(),
     };
     worker.failed(&facts(&snapshot, pod, &judged, Security::None), error, started);
-}
-
-/// The record's facts, as the destination reports them.
-pub fn facts(snapshot: &Snapshot, pod: &LocalPod, judged: &Judged, security: Security) -> Facts {
-    let workload = current(snapshot, pod).clone();
-    let tunnelled = security == Security::MutualTls;
-    let address = judged.destination;
-    let outer = if tunnelled { SocketAddr::new(address.ip(), HBONE_PORT) } else { address };
-    let source = Party {
-        address: Some(judged.source),
-        workload: snapshot.workload_at(judged.source.ip()).cloned(),
-        identity: judged.identity.clone(),
-    };
-    let identity = tunnelled.then(|| workload.identity.clone());
-    Facts {
-        reporter: Reporter::Destination,
-        source,
-        destination: Party { address: Some(outer), workload: Some(workload), identity },
-        hbone_address: tunnelled.then_some(address),
-        service: snapshot.service_of_endpoint(address).cloned(),
-        security,
-    }
-}
-
-/// The pod as the newest configuration has it.
-fn current<'a>(snapshot: &'a Snapshot, pod: &'a LocalPod) -> &'a Arc<Workload> {
-    snapshot.workload(&pod.pod.workload.uid).unwrap_or(&pod.pod.workload)
 }

@@ -2,6 +2,7 @@
 //! side), with `policy` and `balance` to decide and `transport` to move the bytes.
 
 pub mod accept;
+pub mod application;
 pub mod balance;
 pub mod connections;
 pub mod error;
@@ -29,6 +30,9 @@ use crate::redirect::Redirect;
 use crate::telemetry::Telemetry;
 use connections::ConnectionInfo;
 use worker::{Event, LocalPod, Shared, WorkerHandle};
+
+/// How long workers may take to drop what they hold.
+const STOP: Duration = Duration::from_secs(1);
 
 /// What the data path is given.
 pub struct Inputs {
@@ -114,9 +118,14 @@ impl Proxy {
             self.tell(index, Event::Drain);
         }
         let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
-        let ended = tokio::task::spawn_blocking(move || threads.into_iter().for_each(|t| drop(t.join())));
-        if tokio::time::timeout(patience, ended).await.is_err() {
+        let mut ended = tokio::task::spawn_blocking(move || threads.into_iter().for_each(|t| drop(t.join())));
+        if tokio::time::timeout(patience, &mut ended).await.is_err() {
             tracing::warn!("connections were still open after {patience:?} of draining; they are cut");
+            for index in 0..self.shared.workers.len() {
+                self.tell(index, Event::Stop);
+            }
+            // A worker that does not even hear this is left behind: the process ends.
+            let _ = tokio::time::timeout(STOP, ended).await;
         }
     }
 

@@ -9,13 +9,13 @@ use tokio::net::TcpStream;
 
 use super::accept::Accepted;
 use super::connections::{Cut, Judged, Transport};
-use super::error::ConnError;
+use super::error::{self, ConnError};
 use super::policy::{self, Connection};
 use super::transport::pool::{Carrier, Dialer, Lease, Peer};
-use super::transport::session::{Counts, End, Side};
+use super::transport::session::{Counts, Side};
 use super::transport::{HBONE_PORT, connect, copy, hbone, io as sock};
 use super::worker::{LocalPod, Worker};
-use super::{balance, inbound};
+use super::{application, balance};
 use crate::model::{Endpoint, OutboundPolicy, Service, Snapshot, Target, Workload};
 use crate::telemetry::{Facts, Party, Reporter, Security};
 
@@ -212,10 +212,10 @@ async fn same_node(
     };
     if let Err(denied) = verdict.result {
         let error = ConnError::Denied(denied);
-        worker.failed(&inbound::facts(snapshot, &server, &judged, Security::MutualTls), &error, Instant::now());
+        worker.failed(&application::facts(snapshot, &server, &judged, Security::MutualTls), &error, Instant::now());
         return Err(error);
     }
-    let app = inbound::application(worker, &server, client.ip(), address).await?;
+    let app = application::connect(worker, &server, client.ip(), address).await?;
     Ok(Path::Local { app, server, judged })
 }
 
@@ -248,22 +248,22 @@ async fn carry(
     let result = match path {
         Path::Session(mut lease) => {
             let end = lease.session().relay(tcp, Side::Client, &counts, stop).await;
-            let result = session_result(end, destination.address, Side::Client);
+            let result = error::of_session(end, destination.address, Side::Client);
             lease.finish();
             result
         }
         Path::Hbone { send, receive, place } => {
             let end = hbone::relay(tcp, send, receive, Side::Client, &counts, stop).await;
             drop(place);
-            hbone_result(end, destination.address, Side::Client)
+            error::of_hbone(end, destination.address, Side::Client)
         }
-        Path::Plain(server) => copy_result(copy::relay(tcp, server, &counts, stop).await),
+        Path::Plain(server) => error::of_copy(copy::relay(tcp, server, &counts, stop).await),
         Path::Local { app, server, judged } => {
             let snapshot = worker.snapshot();
             if !judged.still_allowed(&snapshot) {
                 cut.ask();
             }
-            let facts = inbound::facts(&snapshot, &server, &judged, Security::MutualTls);
+            let facts = application::facts(&snapshot, &server, &judged, Security::MutualTls);
             let other = worker.opened(facts, transport, Some(judged), &cut, &counts, started);
             let stop = async {
                 tokio::select! {
@@ -271,12 +271,12 @@ async fn carry(
                     () = server.gone.cancelled() => {}
                 }
             };
-            let result = copy_result(copy::relay(tcp, app, &counts, stop).await);
-            other.end(result.as_ref().map(|()| ()));
+            let result = error::of_copy(copy::relay(tcp, app, &counts, stop).await);
+            other.end(&result);
             result
         }
     };
-    open.end(result.as_ref().map(|()| ()));
+    open.end(&result);
 }
 
 fn facts(from: Party, destination: &Destination, security: Security) -> Facts {
@@ -291,44 +291,5 @@ fn facts(from: Party, destination: &Destination, security: Security) -> Facts {
         hbone_address: tunnelled.then_some(*address),
         service: service.clone(),
         security,
-    }
-}
-
-/// What the end of a session's connection means to the record.
-pub fn session_result(end: End, address: SocketAddr, side: Side) -> Result<(), ConnError> {
-    match end {
-        End::Finished => Ok(()),
-        End::Cut => Err(ConnError::PolicyChanged),
-        End::LocalReset(e) => Err(local_reset(e, side)),
-        End::PeerReset => Err(ConnError::PeerReset),
-        End::Broken(e) => Err(ConnError::Tunnel { address, source: e.into() }),
-    }
-}
-
-/// The same for a stream of HBONE.
-pub fn hbone_result(end: hbone::End, address: SocketAddr, side: Side) -> Result<(), ConnError> {
-    match end {
-        hbone::End::Finished => Ok(()),
-        hbone::End::Cut => Err(ConnError::PolicyChanged),
-        hbone::End::LocalReset(e) => Err(local_reset(e, side)),
-        hbone::End::PeerReset => Err(ConnError::PeerReset),
-        hbone::End::Broken(e) => Err(ConnError::Tunnel { address, source: e.into() }),
-    }
-}
-
-fn local_reset(e: std::io::Error, side: Side) -> ConnError {
-    match side {
-        Side::Client => ConnError::ClientReset(e),
-        Side::Server => ConnError::ServerReset(e),
-    }
-}
-
-/// The same for plain copying.
-pub fn copy_result(end: copy::End) -> Result<(), ConnError> {
-    match end {
-        copy::End::Finished => Ok(()),
-        copy::End::Cut => Err(ConnError::PolicyChanged),
-        copy::End::ClientReset(e) => Err(ConnError::ClientReset(e)),
-        copy::End::ServerReset(e) => Err(ConnError::ServerReset(e)),
     }
 }

@@ -10,15 +10,16 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwap;
+use tokio::net::TcpStream;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
-use super::accept::{self, Gate};
-use super::balance;
+use super::accept::{self, Accepted, Gate};
 use super::connections::{ConnectionInfo, Connections, Cut, Entry, Judged, Transport};
 use super::error::ConnError;
 use super::transport::pool::Pool;
 use super::transport::session::Counts;
+use super::{balance, inbound, outbound};
 use crate::enrollment::EnrolledPod;
 use crate::identity::Certificates;
 use crate::model::Snapshot;
@@ -72,6 +73,8 @@ pub enum Event {
     List(oneshot::Sender<Vec<ConnectionInfo>>),
     /// Accept nothing more, let tunnels run dry, end when all connections have.
     Drain,
+    /// End now; what is still open is cut.
+    Stop,
 }
 
 pub struct Worker {
@@ -125,7 +128,7 @@ async fn main(worker: Rc<Worker>, mut events: mpsc::UnboundedReceiver<Event>, mu
     loop {
         tokio::select! {
             event = events.recv() => match event {
-                None => return,
+                None | Some(Event::Stop) => return,
                 Some(Event::Joined(pod)) => {
                     let uid = pod.pod.workload.uid.clone();
                     let gates = [Gate::Outbound, Gate::Plain, Gate::Tls];
@@ -139,7 +142,7 @@ async fn main(worker: Rc<Worker>, mut events: mpsc::UnboundedReceiver<Event>, mu
                     let served = Served::new(&worker);
                     let worker = worker.clone();
                     tokio::task::spawn_local(async move {
-                        accept::serve(worker, pod, gate, socket, peer).await;
+                        serve(worker, pod, gate, socket, peer).await;
                         drop(served);
                     });
                 }
@@ -171,6 +174,23 @@ async fn main(worker: Rc<Worker>, mut events: mpsc::UnboundedReceiver<Event>, mu
             }
             () = drained(&worker), if worker.drain.is_cancelled() => return,
         }
+    }
+}
+
+/// Serves an accepted socket on this worker.
+async fn serve(worker: Rc<Worker>, pod: Arc<LocalPod>, gate: Gate, socket: std::net::TcpStream, peer: SocketAddr) {
+    let accepted = socket.local_addr().and_then(|local| {
+        let local = SocketAddr::new(local.ip().to_canonical(), local.port());
+        Ok(Accepted { tcp: TcpStream::from_std(socket)?, peer, local })
+    });
+    let accepted = match accepted {
+        Ok(accepted) => accepted,
+        Err(e) => return tracing::warn!(%peer, "cannot serve a connection: {e}; check the limit of open files"),
+    };
+    match gate {
+        Gate::Outbound => outbound::serve(worker, pod, accepted).await,
+        Gate::Plain => inbound::serve_plain(worker, pod, accepted).await,
+        Gate::Tls => inbound::serve_tls(worker, pod, accepted).await,
     }
 }
 

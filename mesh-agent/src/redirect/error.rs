@@ -17,6 +17,10 @@ pub enum RedirectError {
     Cgroup { path: PathBuf, source: io::Error },
     #[error("no bpffs at {path} and it cannot be mounted: {source}; run: mount -t bpf bpf {path}")]
     Bpffs { path: PathBuf, source: io::Error },
+    #[error(
+        "{path} is a folder with other files and no bpffs; name an empty one, or where a bpffs is mounted (see /proc/mounts)"
+    )]
+    NotBpffs { path: PathBuf },
     #[error("the node name {node:?} is no folder name; use letters, digits, '-' and '_'")]
     NodeName { node: String },
     #[error(

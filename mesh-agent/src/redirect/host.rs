@@ -61,6 +61,10 @@ pub fn ensure_bpffs(path: &Path) -> Result<(), RedirectError> {
     if is_bpffs(path) {
         return Ok(());
     }
+    // A mount would hide what lies there: most likely the path is a slip.
+    if fs::read_dir(path).map_err(failed)?.next().is_some() {
+        return Err(RedirectError::NotBpffs { path: path.to_owned() });
+    }
     let flags = rustix::mount::MountFlags::empty();
     rustix::mount::mount("bpf", path, "bpf", flags, None).map_err(|error| failed(error.into()))
 }

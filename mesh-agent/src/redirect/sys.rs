@@ -2,6 +2,7 @@
 //!
 //! All `unsafe` of the map accesses is here: the callers' key and value types are checked against the map when it is
 //! opened (`maps::open`).
+#![expect(unsafe_code, reason = "bpf(2), which aya does not offer for these calls")]
 
 use std::ffi::{CString, c_long};
 use std::io;

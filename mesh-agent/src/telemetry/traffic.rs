@@ -153,7 +153,7 @@ impl Traffic {
 
     #[cfg(test)]
     pub(super) fn len(&self) -> usize {
-        self.series.read().unwrap().len()
+        self.series.read().expect("no writer panics").len()
     }
 }
 

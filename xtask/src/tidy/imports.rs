@@ -19,10 +19,13 @@ const PARTS: &[(&str, u8)] = &[
     ("proxy/gateway", 4),
     ("dns", 4),
     ("admin", 4),
+    ("proxy/worker", 4),
+    ("proxy/application", 4),
     ("proxy/accept", 3),
     ("proxy/detect", 3),
     ("proxy/transport", 3),
     ("proxy/connections", 3),
+    ("proxy/error", 3),
     ("enrollment", 3),
     ("redirect", 3),
     ("discovery", 3),
@@ -34,7 +37,6 @@ const PARTS: &[(&str, u8)] = &[
     ("telemetry", 1),
     ("lifecycle", 1),
     ("config", 1),
-    ("proxy/error", 1),
     ("model", 0),
 ];
 
@@ -45,6 +47,21 @@ const BESIDE: &[(&str, &str)] = &[
     ("proxy/transport", "enrollment"),
     ("proxy/transport", "redirect"),
     ("proxy/transport", "proxy/connections"),
+    // The workers hold what the two sides work with, and hand connections to them.
+    ("proxy/outbound", "proxy/worker"),
+    ("proxy/inbound", "proxy/worker"),
+    ("proxy/application", "proxy/worker"),
+    ("proxy/accept", "proxy/worker"),
+    ("proxy/worker", "proxy/outbound"),
+    ("proxy/worker", "proxy/inbound"),
+    ("proxy/outbound", "proxy/application"),
+    ("proxy/inbound", "proxy/application"),
+    // Faults are named where connections end, and most are the transport's.
+    ("proxy/error", "proxy/transport"),
+    ("proxy/transport", "proxy/error"),
+    ("proxy/connections", "proxy/error"),
+    ("proxy/connections", "proxy/transport"),
+    ("proxy/accept", "proxy/transport"),
     // Listeners lie in pods, and what they accept was redirected.
     ("proxy/accept", "enrollment"),
     ("proxy/accept", "redirect"),

@@ -20,7 +20,8 @@ const HOMES: &[(&[&str], &[&str], &str)] = &[
     (&["notify::"], &["discovery/"], "only discovery watches files"),
     (
         &["rustls::", "tokio_rustls::", "rcgen::", "x509_parser::", "aws_lc_rs::"],
-        &["identity/", "proxy/transport/"],
+        // The composition root names the process's cryptography once.
+        &["identity/", "proxy/transport/", "app"],
         "keys and certificates are handled in two places",
     ),
     (
@@ -30,6 +31,7 @@ const HOMES: &[(&[&str], &[&str], &str)] = &[
             "proxy/inbound",
             "proxy/gateway",
             "proxy/transport/",
+            "proxy/error.rs",
             "admin/",
             "identity/",
             "telemetry/",
@@ -44,7 +46,7 @@ const HOMES: &[(&[&str], &[&str], &str)] = &[
     (&["anyhow::"], &["bin/", "cli/", "app"], "errors below the command line have a type"),
     (
         &["unsafe {", "unsafe fn", "unsafe impl"],
-        &["redirect/", "enrollment/netns.rs", "lifecycle/handover.rs", "proxy/transport/"],
+        &["redirect/", "enrollment/netns.rs", "enrollment/sockets.rs", "lifecycle/handover.rs", "proxy/transport/"],
         "unsafe code is kept where the kernel's interfaces ask for it",
     ),
 ];
@@ -63,6 +65,9 @@ const IMPURE: &[&str] = &[
     "UdpSocket",
 ];
 const PURE: &[&str] = &["model/", "translate/", "proxy/policy/", "proxy/route/", "proxy/balance/"];
+
+/// Folders and files that are compiled for tests only.
+const TESTS: &[&str] = &["tests", "tests.rs", "testing.rs", "fixtures.rs"];
 
 /// All places that break a rule, a sentence each.
 pub fn check(root: &Path) -> Result<Vec<String>> {
@@ -90,11 +95,13 @@ fn check_file(path: &str, text: &str, broken: &mut Vec<String>) {
     if !path.ends_with(".rs") {
         return;
     }
-    if !text.starts_with("//!") {
+    let first = text.lines().find(|line| !line.starts_with("#!["));
+    // The body of a `mod tests;` needs no introduction.
+    if !path.ends_with("/tests.rs") && !first.is_some_and(|line| line.starts_with("//!")) {
         broken.push(format!("{path}: begins without `//!`: say its place, what comes in and what goes out"));
     }
-    let is_test = path.starts_with("tests/") || path.ends_with("/tests.rs") || path.contains("/tests/");
-    if is_test {
+    let parts: Vec<&str> = path.split('/').collect();
+    if parts.iter().any(|part| TESTS.contains(part)) {
         return;
     }
     let code = code(text);
@@ -141,14 +148,24 @@ fn names(line: &str, word: &str) -> bool {
     })
 }
 
-/// The numbered lines of code: without comments, blank lines, and the tests at the end.
+/// The numbered lines of code: without comments, blank lines, and items that are for tests only.
 fn code(text: &str) -> Vec<(usize, &str)> {
-    let lines: Vec<&str> = text.lines().collect();
-    let tests = lines
-        .windows(2)
-        .position(|pair| pair[0] == "#[cfg(test)]" && pair[1].starts_with("mod ") && pair[1].ends_with('{'));
-    let lines = lines.into_iter().take(tests.unwrap_or(usize::MAX)).enumerate().map(|(at, line)| (at + 1, line));
-    lines.filter(|(_, line)| !line.trim().is_empty() && !line.trim_start().starts_with("//")).collect()
+    let mut code = Vec::new();
+    let mut lines = text.lines().enumerate();
+    while let Some((at, line)) = lines.next() {
+        if line.trim() == "#[cfg(test)]" {
+            // The item ends where a line of its own indent closes it, or at once.
+            let indent = &line[..line.len() - line.trim_start().len()];
+            let end = format!("{indent}}}");
+            lines.find(|(_, line)| {
+                line.starts_with(&end)
+                    || line.starts_with(indent) && line.ends_with(';') && !line[indent.len()..].starts_with(' ')
+            });
+        } else if !line.trim().is_empty() && !line.trim_start().starts_with("//") {
+            code.push((at + 1, line));
+        }
+    }
+    code
 }
 
 #[cfg(test)]
@@ -165,6 +182,13 @@ mod tests {
     fn a_good_file_breaks_nothing() {
         let text = "//! Fine.\nuse aya::Ebpf;\n// .unwrap() in a comment\n#[cfg(test)]\nmod tests {\n x.unwrap();\n}\n";
         assert_eq!(broken("mesh-agent/src/redirect/load.rs", text), Vec::<String>::new());
+    }
+
+    #[test]
+    fn items_for_tests_are_no_code() {
+        let text = "//! X.\nimpl X {\n    #[cfg(test)]\n    fn len(&self) {\n        x();\n    }\n}\n#[cfg(test)]\nmod tests;\nfn y() {}\n";
+        let lines: Vec<usize> = code(text).into_iter().map(|(number, _)| number).collect();
+        assert_eq!(lines, [2, 7, 10]);
     }
 
     #[test]

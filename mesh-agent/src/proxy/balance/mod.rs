@@ -32,7 +32,7 @@ enum Circle {
 
 /// Chooses an endpoint of `port` for a client; `open` says how many connections an endpoint has, `random` gives a
 /// number below its argument. `except` are endpoints that were tried and failed. `None`: no endpoint is fit.
-#[allow(clippy::too_many_arguments)] // Each is another kind of fact; a struct would only rename the list.
+#[expect(clippy::too_many_arguments, reason = "each is another kind of fact; a struct would only rename the list")]
 pub fn choose<'a>(
     port: &'a ServicePort,
     algorithm: Algorithm,
@@ -48,7 +48,7 @@ pub fn choose<'a>(
 
 /// As `choose`, among the endpoints of the address family that the client asked for: a pod that dialled an IPv4 address
 /// may have no IPv6 route at all. Only where the service has no endpoint of that family are the others taken.
-#[allow(clippy::too_many_arguments)]
+#[expect(clippy::too_many_arguments, reason = "each is another kind of fact; a struct would only rename the list")]
 pub fn choose_like<'a>(
     destination: IpAddr,
     port: &'a ServicePort,
@@ -69,7 +69,7 @@ pub fn choose_like<'a>(
     })
 }
 
-#[allow(clippy::too_many_arguments)]
+#[expect(clippy::too_many_arguments, reason = "each is another kind of fact; a struct would only rename the list")]
 fn choose_from<'a>(
     endpoints: &'a [Endpoint],
     algorithm: Algorithm,

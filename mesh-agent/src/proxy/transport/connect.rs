@@ -10,13 +10,9 @@ use socket2::{Domain, Protocol, SockAddr, Socket, TcpKeepalive, Type};
 use tokio::net::{TcpSocket, TcpStream};
 
 use super::HBONE_PORT;
-use super::io::{Use, bound_buffers, set_option};
 use crate::enrollment::EnrolledPod;
+use crate::enrollment::sockets::{SPOOF_MARK, Use, bound_buffers, set_option};
 use crate::redirect::Redirect;
-
-/// Marks the agent's packets to the application when they bear a client's address: the pod's `ip rule` for this mark
-/// brings the answers back. Istio's value. It routes only; no decision trusts it.
-pub const SPOOF_MARK: u32 = 0x111;
 
 /// How long a connection attempt may take, as Istio's default.
 pub const TIMEOUT: Duration = Duration::from_secs(10);

@@ -139,7 +139,7 @@ impl Drive {
                 }
                 Err(e) => {
                     self.last_words(|outgoing, opened| {
-                        step_of_alert(connection.process_tls_records(&mut []), outgoing, opened)
+                        step_of_alert(connection.process_tls_records(&mut []), outgoing, opened);
                     })
                     .await;
                     return Err(e);
@@ -166,7 +166,7 @@ impl Drive {
                 }
                 Err(e) => {
                     self.last_words(|outgoing, opened| {
-                        step_of_alert(connection.process_tls_records(&mut []), outgoing, opened)
+                        step_of_alert(connection.process_tls_records(&mut []), outgoing, opened);
                     })
                     .await;
                     return Err(e);

@@ -39,6 +39,7 @@ pub struct Peer {
 }
 
 /// An open connection to an application behind another agent.
+#[expect(clippy::large_enum_variant, reason = "one a connection, moved once; most are sessions")]
 pub enum Carrier {
     Session(Lease),
     Hbone { send: SendStream<Bytes>, receive: RecvStream, place: hbone::Place },
@@ -175,7 +176,8 @@ impl Pool {
             let stale = |since: Instant, expires: SystemTime| gone || now - since > IDLE || wall >= expires;
             entry.idle.borrow_mut().retain(|idle| !stale(idle.since, idle.expires));
             entry.hbone.borrow_mut().retain(|shared| {
-                !shared.connection.has_ended() && !(shared.connection.is_idle() && stale(shared.used, shared.expires))
+                let idle = shared.connection.is_idle() && stale(shared.used, shared.expires);
+                !(idle || shared.connection.has_ended())
             });
             !(gone || entry.is_empty()) || Rc::strong_count(entry) > 1
         });

@@ -147,16 +147,14 @@ impl Session {
         let mut payload = [0; OPEN_MAX];
         let len = frame::write_open(destination, &mut payload);
         self.sender.send(&self.tcp, Kind::Open, &payload[..len]).await?;
-        loop {
-            match self.receiver.frame(&self.tcp).await?.ok_or(SessionError::Closed)? {
-                (Kind::Opened, _) => return Ok(Answer::Opened),
-                (Kind::Refused, payload) => {
-                    let code = payload.first().copied().and_then(Refusal::from_byte);
-                    self.sender.send(&self.tcp, Kind::Fin, &[]).await?;
-                    return Ok(Answer::Refused(code.ok_or(SessionError::Protocol)?));
-                }
-                _ => return Err(SessionError::Protocol),
+        match self.receiver.frame(&self.tcp).await?.ok_or(SessionError::Closed)? {
+            (Kind::Opened, _) => Ok(Answer::Opened),
+            (Kind::Refused, payload) => {
+                let code = payload.first().copied().and_then(Refusal::from_byte);
+                self.sender.send(&self.tcp, Kind::Fin, &[]).await?;
+                Ok(Answer::Refused(code.ok_or(SessionError::Protocol)?))
             }
+            _ => Err(SessionError::Protocol),
         }
     }
 

@@ -76,7 +76,7 @@ fn on_worker<F: Future<Output = ()>>(test: F) {
 }
 
 async fn forever() {
-    std::future::pending().await
+    std::future::pending::<()>().await;
 }
 
 /// The server's end of a session: takes each connection to an application of its own and hands that out.
@@ -324,11 +324,8 @@ fn a_stream_whose_reader_stands_still_does_not_stop_the_others() {
                 stuck.push(server);
                 // Fills every buffer on the way: until the socket takes no more for a while.
                 let bytes = vec![0; 65536];
-                loop {
-                    match tokio::time::timeout(Duration::from_millis(50), client.writable()).await {
-                        Ok(_) => drop(client.try_write(&bytes)),
-                        Err(_) => break,
-                    }
+                while tokio::time::timeout(Duration::from_millis(50), client.writable()).await.is_ok() {
+                    drop(client.try_write(&bytes));
                 }
                 clients.push(client);
             } else {

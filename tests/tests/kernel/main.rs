@@ -1,5 +1,7 @@
 //! The kernel programs on real sockets: each hook, each way it can fail. Needs root, on any kernel from 6.1.
 
+mod fixture;
+
 use std::io::ErrorKind;
 use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::AsFd;
@@ -8,8 +10,8 @@ use std::sync::{Arc, Barrier, Mutex};
 use std::thread;
 use std::time::Instant;
 
+use fixture::*;
 use mesh_agent::redirect::{PodEntry, Redirect, RedirectError, v6_redirect_prefix};
-use mesh_tests::kernel_fixture::*;
 
 const PORT: u16 = 8080;
 
