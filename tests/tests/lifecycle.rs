@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
+use std::num::NonZero;
 use std::os::unix::fs::MetadataExt;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -139,7 +140,7 @@ fn case_36_pod_deleted_in_mid_transfer(l: &Lifecycle) {
 fn case_37_a_full_map_denies_and_counts(l: &Lifecycle) {
     const TRIED: usize = 2 * ENTRIES;
     // The kernel counts a map's entries on each CPU, and tells the sum in batches of 32: a map may hold that much more.
-    let room = ENTRIES + 32 * std::thread::available_parallelism().map_or(1, |cpus| cpus.get());
+    let room = ENTRIES + 32 * thread::available_parallelism().map_or(1, NonZero::get);
     let far = SocketAddr::new(l.far.v4(), echo_in(&l.far));
     let full =
         || l.world.agent("n1").metric("nodemesh_kernel_events_total", &[("event", "map_full"), ("reason", "orig_dst")]);

@@ -7,11 +7,16 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 
 use crate::admin::AdminError;
 use crate::config::ConfigError;
+use crate::discovery::DiscoveryError;
+use crate::identity::CaError;
+use crate::redirect::RedirectError;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exit {
     /// Wrong usage or a wrong setting. It will be wrong at the next try too.
     Usage = 64,
+    /// The manifests that `meshctl analyze` was shown have errors.
+    Data = 65,
     /// Something outside is not there: an agent, a port, a mount. It may be there later.
     Unavailable = 69,
     /// Our own fault, or one we did not think of.
@@ -31,6 +36,10 @@ pub struct Failure {
 impl Failure {
     pub fn usage(message: impl Into<String>) -> Self {
         Self { exit: Exit::Usage, message: message.into() }
+    }
+
+    pub fn data(message: impl Into<String>) -> Self {
+        Self { exit: Exit::Data, message: message.into() }
     }
 
     pub fn unavailable(message: impl Into<String>) -> Self {
@@ -59,30 +68,70 @@ pub(super) fn code(error: &anyhow::Error) -> Exit {
     if let Some(failure) = error.downcast_ref::<Failure>() {
         return failure.exit;
     }
-    error
-        .chain()
-        .find_map(|cause| {
-            if let Some(failure) = cause.downcast_ref::<Failure>() {
-                return Some(failure.exit);
-            }
-            if cause.is::<ConfigError>() {
-                return Some(Exit::Usage);
-            }
-            let kind = match cause.downcast_ref::<AdminError>() {
-                Some(error) => error.kind(),
-                None => cause.downcast_ref::<io::Error>()?.kind(),
-            };
-            match kind {
-                io::ErrorKind::PermissionDenied => Some(Exit::NoPermission),
-                io::ErrorKind::AddrInUse
-                | io::ErrorKind::AddrNotAvailable
-                | io::ErrorKind::ConnectionRefused
-                | io::ErrorKind::NotFound
-                | io::ErrorKind::TimedOut => Some(Exit::Unavailable),
-                _ => None,
-            }
-        })
-        .unwrap_or(Exit::Internal)
+    error.chain().find_map(of_cause).unwrap_or(Exit::Internal)
+}
+
+fn of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<Exit> {
+    if let Some(failure) = cause.downcast_ref::<Failure>() {
+        return Some(failure.exit);
+    }
+    if cause.is::<ConfigError>() {
+        return Some(Exit::Usage);
+    }
+    if let Some(error) = cause.downcast_ref::<RedirectError>() {
+        return of_redirect(error);
+    }
+    if let Some(error) = cause.downcast_ref::<CaError>() {
+        return match error {
+            CaError::Lifetime(_) | CaError::Brought => Some(Exit::Usage),
+            CaError::Locked(_) | CaError::UnderWay(_) | CaError::Expired(_) => Some(Exit::Unavailable),
+            // What is below them may know more.
+            _ => None,
+        };
+    }
+    match cause.downcast_ref::<DiscoveryError>() {
+        Some(DiscoveryError::Missing(_) | DiscoveryError::NoDirectory(_)) => return Some(Exit::Usage),
+        Some(DiscoveryError::Unreadable { .. } | DiscoveryError::Thread { .. }) | None => {}
+    }
+    let kind = match cause.downcast_ref::<AdminError>() {
+        Some(error) => error.kind(),
+        None => cause.downcast_ref::<io::Error>()?.kind(),
+    };
+    of_io(kind)
+}
+
+fn of_redirect(error: &RedirectError) -> Option<Exit> {
+    match error {
+        RedirectError::NotCgroup2 { .. } | RedirectError::NotBpffs { .. } | RedirectError::NodeName { .. } => {
+            Some(Exit::Usage)
+        }
+        RedirectError::Capability { .. } => Some(Exit::NoPermission),
+        RedirectError::Cgroup { source, .. }
+        | RedirectError::Bpffs { source, .. }
+        | RedirectError::Attach { source, .. }
+        | RedirectError::Pin { source, .. } => of_io(source.kind()).or(Some(Exit::Unavailable)),
+        // The machine is not what it has to be; another kernel or another owner would mend it.
+        RedirectError::NoCgroup2
+        | RedirectError::Load { .. }
+        | RedirectError::Object { .. }
+        | RedirectError::ForeignExclusive { .. }
+        | RedirectError::TooManyPods { .. }
+        | RedirectError::HostNetwork { .. }
+        | RedirectError::NetnsCookie { .. } => Some(Exit::Unavailable),
+        RedirectError::Map { source, .. } => of_io(source.kind()),
+    }
+}
+
+fn of_io(kind: io::ErrorKind) -> Option<Exit> {
+    match kind {
+        io::ErrorKind::PermissionDenied => Some(Exit::NoPermission),
+        io::ErrorKind::AddrInUse
+        | io::ErrorKind::AddrNotAvailable
+        | io::ErrorKind::ConnectionRefused
+        | io::ErrorKind::NotFound
+        | io::ErrorKind::TimedOut => Some(Exit::Unavailable),
+        _ => None,
+    }
 }
 
 /// The whole chain in one line. A cause that the error above it has already told is not told twice.

@@ -82,6 +82,18 @@ pub struct Cleanup {
     pub logging: Logging,
 }
 
+/// `meshctl analyze`: where the manifests are, and what their meaning depends on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Analysis {
+    pub config_dir: PathBuf,
+    /// The node whose pods must name their network namespace; `None` looks at no node in particular.
+    pub node_name: Option<String>,
+    pub trust_domain: TrustDomain,
+    pub cluster_domain: String,
+    pub root_namespace: String,
+    pub istio_labels: bool,
+}
+
 /// The agent's own log.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Logging {
@@ -127,13 +139,13 @@ impl Node {
             ca: w.certificate_authority()?,
             cert_lifetime: w.cert_lifetime()?,
             trust_domain: w.trust_domain()?,
-            cluster_domain: w.or("cluster-domain", "cluster.local", value::dns_name)?,
+            cluster_domain: w.cluster_domain()?,
             cluster_id: w.or("cluster-id", "Kubernetes", |t| match t {
                 "" => Err("is empty; write the name of this cluster".to_owned()),
                 t => Ok(t.to_owned()),
             })?,
-            root_namespace: w.or("root-namespace", "istio-system", value::label)?,
-            istio_labels: w.or("istio-labels", "false", value::boolean)?,
+            root_namespace: w.root_namespace()?,
+            istio_labels: w.istio_labels()?,
             outbound_policy: w.or("outbound-policy", "ALLOW_ANY", |t| match t {
                 "ALLOW_ANY" => Ok(OutboundPolicy::AllowAny),
                 "REGISTRY_ONLY" => Ok(OutboundPolicy::RegistryOnly),
@@ -188,7 +200,7 @@ impl Controller {
             },
             cert_lifetime: w.cert_lifetime()?,
             trust_domain: w.trust_domain()?,
-            istio_labels: w.or("istio-labels", "false", value::boolean)?,
+            istio_labels: w.istio_labels()?,
             logging: w.logging()?,
         })
     }
@@ -203,6 +215,23 @@ impl Cleanup {
             cgroup: w.optional_directory("cgroup")?,
             admin_socket: w.admin_socket()?,
             logging: w.logging()?,
+        })
+    }
+}
+
+impl Analysis {
+    pub fn check(written: &Written) -> Result<Self, ConfigError> {
+        let w = Reader(written);
+        Ok(Self {
+            config_dir: w.directory("config-dir", DEFAULT_CONFIG_DIR)?,
+            node_name: match written.get("node-name") {
+                Some(name) => Some(w.or("node-name", name, value::dns_name)?),
+                None => None,
+            },
+            trust_domain: w.trust_domain()?,
+            cluster_domain: w.cluster_domain()?,
+            root_namespace: w.root_namespace()?,
+            istio_labels: w.istio_labels()?,
         })
     }
 }
@@ -313,6 +342,18 @@ impl Reader<'_> {
 
     fn cert_lifetime(&self) -> Result<Duration, ConfigError> {
         self.or("cert-lifetime", "24h", |t| value::duration_between(t, MIN_CERT_LIFETIME, MAX_CERT_LIFETIME))
+    }
+
+    fn cluster_domain(&self) -> Result<String, ConfigError> {
+        self.or("cluster-domain", "cluster.local", value::dns_name)
+    }
+
+    fn root_namespace(&self) -> Result<String, ConfigError> {
+        self.or("root-namespace", "istio-system", value::label)
+    }
+
+    fn istio_labels(&self) -> Result<bool, ConfigError> {
+        self.or("istio-labels", "false", value::boolean)
     }
 
     fn trust_domain(&self) -> Result<TrustDomain, ConfigError> {

@@ -3,7 +3,10 @@ use std::path::PathBuf;
 use super::super::exit::{Exit, code, sentence};
 use super::*;
 use crate::config::{CertificateAuthority, Logging};
+use crate::discovery::DiscoveryError;
+use crate::identity::CaError;
 use crate::model::{OutboundPolicy, TrustDomain};
+use crate::redirect::RedirectError;
 use crate::telemetry::LogFormat;
 
 fn machine() -> Machine {
@@ -331,6 +334,19 @@ fn exit_codes_follow_the_cause() {
     assert_eq!(code(&io(std::io::ErrorKind::AddrInUse)), Exit::Unavailable);
     assert_eq!(code(&io(std::io::ErrorKind::InvalidData)), Exit::Internal);
     assert_eq!(code(&anyhow::anyhow!("a surprise")), Exit::Internal);
+    let path = PathBuf::from("/x");
+    let denied = || std::io::Error::from(std::io::ErrorKind::PermissionDenied);
+    for (error, exit) in [
+        (RedirectError::Capability { missing: "CAP_BPF" }, Exit::NoPermission),
+        (RedirectError::Bpffs { path: path.clone(), source: denied() }, Exit::NoPermission),
+        (RedirectError::NotCgroup2 { path: path.clone() }, Exit::Usage),
+        (RedirectError::NoCgroup2, Exit::Unavailable),
+        (RedirectError::Load { program: "p".into(), kernel: "5.4".into(), reason: "r".into() }, Exit::Unavailable),
+    ] {
+        assert_eq!(code(&error.into()), exit);
+    }
+    assert_eq!(code(&CaError::Locked(path.clone()).into()), Exit::Unavailable);
+    assert_eq!(code(&DiscoveryError::Missing(path).into()), Exit::Usage);
     assert_eq!(code(&anyhow::anyhow!("low").context(Failure::no_permission("high"))), Exit::NoPermission);
     assert_eq!(sentence(&anyhow::anyhow!("low").context("middle").context("high")), "high: middle: low");
     assert_eq!(sentence(&anyhow::anyhow!("low").context("high: low")), "high: low");

@@ -5,8 +5,9 @@ use std::path::PathBuf;
 
 use clap::{Arg, ArgAction, ArgMatches, Command};
 
+use crate::cli::args::{lay_over, plain_flag};
 use crate::cli::exit::{Failure, from_clap};
-use crate::config::{Cleanup, Machine, Origin, Setting, Written};
+use crate::config::{Analysis, Cleanup, Machine, Origin, Setting, Written};
 use crate::telemetry::logging;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -23,6 +24,7 @@ pub(super) enum Task {
     Show(Page),
     /// Show the level, or set it.
     Log(Option<String>),
+    Analyze(Analysis),
     Uninstall(Cleanup),
 }
 
@@ -67,21 +69,24 @@ fn command() -> Command {
     let pages = PAGES.iter().map(|(name, page, about)| {
         let with_namespace = !matches!(page, Page::Status | Page::ConfigDump);
         let command = Command::new(*name).about(*about);
-        if with_namespace {
-            command
-                .arg(Arg::new("namespace").short('n').long("namespace").value_name("NAME").help("Only this namespace"))
-        } else {
-            command
-        }
+        if with_namespace { command.arg(namespace()) } else { command }
     });
     let log = Command::new("log")
         .about("Show the agent's log level, or change it while it runs")
         .arg(Arg::new("level").value_name("LEVEL").help("error, warn, info, debug, trace, off, or target=level,..."));
-    let uninstall = Command::new("uninstall").about("Take everything of this node's agent out of the kernel").args(
-        CLEANUP_SETTINGS.iter().filter_map(|n| Setting::named(n)).map(|s| {
-            Arg::new(s.name).long(s.name).value_name(s.value).help(format!("{} [default: {}]", s.help, s.default))
-        }),
-    );
+    let analyze = Command::new("analyze")
+        .about("Check a directory of manifests; needs no agent")
+        .arg(namespace())
+        .args(named(&ANALYZE_SETTINGS).map(|setting| match setting.name {
+            "config-dir" => {
+                plain_flag(setting).short('d').help(format!("Directory of manifests [default: {}]", setting.default))
+            }
+            "node-name" => plain_flag(setting).help("Check as the agent of this node does"),
+            _ => plain_flag(setting),
+        }));
+    let uninstall = Command::new("uninstall")
+        .about("Take everything of this node's agent out of the kernel")
+        .args(named(&CLEANUP_SETTINGS).map(plain_flag));
     Command::new("meshctl")
         .about("Look into a Nodemesh agent")
         .version(env!("CARGO_PKG_VERSION"))
@@ -110,10 +115,21 @@ fn command() -> Command {
         )
         .subcommands(pages)
         .subcommand(log)
+        .subcommand(analyze)
         .subcommand(uninstall)
 }
 
+fn namespace() -> Arg {
+    Arg::new("namespace").short('n').long("namespace").value_name("NAME").help("Only this namespace")
+}
+
 const CLEANUP_SETTINGS: [&str; 3] = ["node-name", "bpffs", "cgroup"];
+const ANALYZE_SETTINGS: [&str; 6] =
+    ["config-dir", "node-name", "trust-domain", "cluster-domain", "root-namespace", "istio-labels"];
+
+fn named(names: &'static [&'static str]) -> impl Iterator<Item = &'static Setting> {
+    names.iter().filter_map(|name| Setting::named(name))
+}
 
 /// `Ok(Err(text))`: print this, it was asked for.
 pub(super) fn parse(
@@ -138,6 +154,11 @@ pub(super) fn parse(
     let task = match (name, PAGES.iter().find(|(page, ..)| *page == name)) {
         (_, Some((_, page, _))) => Task::Show(*page),
         ("log", None) => Task::Log(log_level(inner)?),
+        ("analyze", None) => {
+            let mut written = Written::default();
+            lay_over(&mut written, named(&ANALYZE_SETTINGS), inner, &variable);
+            Task::Analyze(Analysis::check(&written)?)
+        }
         _ => Task::Uninstall(uninstall(inner, &sockets, variable, machine)?),
     };
     let namespace = inner.try_get_one::<String>("namespace").ok().flatten().cloned();
@@ -162,14 +183,7 @@ fn uninstall(
         return Err(Failure::usage("uninstall takes one node's agent away; give one --socket").into());
     };
     let mut written = Written::default();
-    for setting in CLEANUP_SETTINGS.iter().filter_map(|n| Setting::named(n)) {
-        if let Some(value) = variable(&setting.variable()) {
-            written.set(setting, Origin::Variable, vec![value]);
-        }
-        if let Some(value) = matches.get_one::<String>(setting.name) {
-            written.set(setting, Origin::Flag, vec![value.clone()]);
-        }
-    }
+    lay_over(&mut written, named(&CLEANUP_SETTINGS), matches, &variable);
     if let Some(setting) = Setting::named("admin-socket") {
         written.set(setting, Origin::Flag, vec![socket.display().to_string()]);
     }

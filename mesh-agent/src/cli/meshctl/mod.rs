@@ -1,5 +1,6 @@
 //! `meshctl`: asks the admin sockets of one or several agents and shows what they say.
 
+mod analyze;
 mod args;
 mod client;
 mod layout;
@@ -44,8 +45,10 @@ struct Answer<T> {
 
 async fn perform(wish: Wish, screen: Screen, out: &mut impl Write) -> anyhow::Result<()> {
     let Wish { task, output, namespace, sockets } = wish;
-    if let Task::Uninstall(config) = task {
-        return cleanup(&config, out);
+    match &task {
+        Task::Uninstall(config) => return cleanup(config, out),
+        Task::Analyze(analysis) => return analyze::analyze(analysis, output, namespace.as_deref(), screen, out),
+        Task::Show(_) | Task::Log(_) => {}
     }
     let (clients, missing) = connect(&sockets).await?;
     let asked = Asked { clients, output, screen, namespace };
@@ -93,7 +96,7 @@ async fn perform(wish: Wish, screen: Screen, out: &mut impl Write) -> anyhow::Re
             }
             asked.log_levels(&answers, "is now", out)?;
         }
-        Task::Uninstall(_) => {}
+        Task::Analyze(_) | Task::Uninstall(_) => {}
     }
     out.flush()?;
     match missing {

@@ -67,7 +67,11 @@ pub(super) fn render(status: &StatusView, screen: Screen) -> String {
         if *certificates_missing > 0 {
             all += &paint(format!(", {certificates_missing} missing (see `meshctl certificates`)"), "31");
         }
-        format!("{all}, signed by {certificate_authority}")
+        let signer = match certificate_authority.as_str() {
+            "embedded" => "the CA in this agent",
+            controllers => controllers,
+        };
+        format!("{all}, signed by {signer}")
     });
     line(
         "Configuration",

@@ -286,7 +286,7 @@ fn status() -> StatusView {
         waiting_for: Vec::new(),
         trust_domain: "cluster.local".to_owned(),
         outbound_policy: "ALLOW_ANY".to_owned(),
-        certificate_authority: "the CA in this agent".to_owned(),
+        certificate_authority: "embedded".to_owned(),
         snapshot_generation: 4,
         workloads: 5,
         services: 2,
@@ -553,8 +553,35 @@ async fn uninstall_does_not_touch_a_node_whose_agent_runs() {
 }
 
 #[tokio::test]
+async fn analyze_needs_no_agent_and_its_exit_code_tells() {
+    let directory = tempfile::tempdir().unwrap();
+    let dir = directory.path().display().to_string();
+    let namespace = "apiVersion: v1\nkind: Namespace\nmetadata: {name: shop}\n";
+    std::fs::write(directory.path().join("a.yaml"), namespace).unwrap();
+    assert_eq!(meshctl(&[], &["analyze", "-d", &dir]).await.unwrap(), "no problems\n\n0 workloads, 0 services\n");
+
+    let policy = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\n\
+                  metadata: {name: bad, namespace: shop}\nspec: {action: MAYBE}\n";
+    std::fs::write(directory.path().join("b.yaml"), policy).unwrap();
+    let error = meshctl(&[], &["analyze", "-d", &dir]).await.unwrap_err();
+    assert_eq!(error.root_cause().to_string(), format!("1 error in {dir}; an agent would not take all of it"));
+    assert_eq!(code(&error), Exit::Data);
+    let shown = error.to_string();
+    assert!(shown.contains("AuthorizationPolicy shop/bad") && shown.contains("spec.action"), "{shown}");
+
+    let json = meshctl(&[], &["analyze", "-d", &dir, "-o", "json"]).await.unwrap_err().to_string();
+    let json: Vec<Problem> = serde_json::from_str(&json).unwrap();
+    assert_eq!(json.len(), 1);
+    let error = meshctl(&[], &["analyze", "-d", "/nowhere"]).await.unwrap_err();
+    assert_eq!(
+        (sentence(&error).as_str(), code(&error)),
+        ("--config-dir: cannot use /nowhere: no such file or directory; name a directory that is there", Exit::Usage)
+    );
+}
+
+#[tokio::test]
 async fn help_fits_eighty_columns() {
-    for words in [&["--help"][..], &["workloads", "--help"], &["uninstall", "--help"], &["log", "--help"]] {
+    for words in [&["--help"][..], &["workloads", "--help"], &["uninstall", "--help"], &["analyze", "--help"]] {
         let help = meshctl(&[], words).await.unwrap();
         assert!(help.contains("Usage: meshctl"), "{help}");
         for line in help.lines() {

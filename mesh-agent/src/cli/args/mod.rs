@@ -78,18 +78,17 @@ fn flags(role: Role) -> Vec<Arg> {
 }
 
 fn flag(setting: &'static Setting, role: Role) -> Arg {
+    // So that `controller token --state-dir DIR` reads as it is typed.
+    plain_flag(setting).help_heading(setting.heading).global(role == Role::Controller)
+}
+
+/// The flag of a setting, as every command has it.
+pub(super) fn plain_flag(setting: &'static Setting) -> Arg {
     let help = match setting.default {
         "" => setting.help.to_owned(),
         default => format!("{} [default: {default}]", setting.help),
     };
-    let arg = Arg::new(setting.name)
-        .long(setting.name)
-        .value_name(setting.value)
-        .help(help)
-        .help_heading(setting.heading)
-        .hide(setting.hidden)
-        // So that `controller token --state-dir DIR` reads as it is typed.
-        .global(role == Role::Controller);
+    let arg = Arg::new(setting.name).long(setting.name).value_name(setting.value).help(help).hide(setting.hidden);
     match setting.kind {
         Kind::One => arg,
         Kind::Many => arg.action(ArgAction::Append),
@@ -151,7 +150,18 @@ fn gather(
     if let Some(file) = file {
         written.read(Path::new(&file))?;
     }
-    for setting in SETTINGS.iter().filter(|s| s.roles.contains(&role)) {
+    lay_over(&mut written, SETTINGS.iter().filter(|s| s.roles.contains(&role)), matches, variable);
+    Ok(written)
+}
+
+/// Variables and flags of these settings.
+pub(super) fn lay_over(
+    written: &mut Written,
+    settings: impl Iterator<Item = &'static Setting>,
+    matches: &ArgMatches,
+    variable: &impl Fn(&str) -> Option<String>,
+) {
+    for setting in settings {
         if let Some(value) = variable(&setting.variable()) {
             let values = match setting.kind {
                 Kind::Many => value.split(',').map(|v| v.trim().to_owned()).collect(),
@@ -163,7 +173,6 @@ fn gather(
             written.set(setting, Origin::Flag, values.cloned().collect());
         }
     }
-    Ok(written)
 }
 
 /// The `--help` that tells more about what `args` tried.
