@@ -33,7 +33,11 @@ pub fn facts(snapshot: &Snapshot, pod: &LocalPod, judged: &Judged, security: Sec
     let outer = if tunnelled { SocketAddr::new(address.ip(), HBONE_PORT) } else { address };
     let source = Party {
         address: Some(judged.source),
-        workload: snapshot.workload_at(judged.source.ip()).cloned(),
+        // An address is no proof: what it says must not contradict the identity.
+        workload: snapshot
+            .workload_at(judged.source.ip())
+            .filter(|w| judged.identity.as_ref().is_none_or(|proved| *proved == w.identity))
+            .cloned(),
         identity: judged.identity.clone(),
     };
     let identity = tunnelled.then(|| workload.identity.clone());

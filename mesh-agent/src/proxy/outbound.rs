@@ -178,7 +178,9 @@ async fn tunnel(
         baggage: &pod.baggage,
         patience,
     };
-    Ok(match worker.pool.open(&dialer, &peer, address).await? {
+    // An agent that takes the connection and then says nothing must not hold the client for ever.
+    let opened = tokio::time::timeout(CONNECT_BUDGET, worker.pool.open(&dialer, &peer, address)).await;
+    Ok(match opened.unwrap_or(Err(ConnError::ConnectTimeout { address }))? {
         Carrier::Session(lease) => Path::Session(lease),
         Carrier::Hbone { send, receive, place } => Path::Hbone { send, receive, place },
     })

@@ -12,15 +12,15 @@ use rustls_pki_types::ServerName;
 use tokio::net::TcpStream;
 
 use super::record::{self, Opener, RecordError, Sealer};
-use super::{ALPN_HBONE, ALPN_SESSION, io as sock};
+use super::{ALPN_HBONE, ALPN_SESSION, buffers, io as sock};
 use crate::identity::{PeerError, peer_identity};
 use crate::model::SpiffeId;
 
 /// How long a handshake may take; a peer that is slower is cut off.
 pub const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// No message of a handshake between workloads comes near this.
-const MAX_FLIGHT: usize = 64 * 1024;
+/// No message of a handshake between workloads comes near this. What is left over fits a buffer.
+const MAX_FLIGHT: usize = buffers::SIZE / 2;
 
 /// Which tunnel the two sides agreed on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

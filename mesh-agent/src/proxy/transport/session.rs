@@ -112,10 +112,9 @@ impl Session {
         let mut receiver = Receiver { opener, early: opened, buffer: None, start: 0, end: 0 };
         if !sealed.is_empty() {
             let mut buffer = Buffer::take();
-            // A handshake's leftover is at most one read of 4096 bytes.
-            let len = sealed.len().min(buffer.len());
-            buffer[..len].copy_from_slice(&sealed[..len]);
-            receiver.end = len;
+            // It fits: the handshake takes no more than half a buffer.
+            buffer[..sealed.len()].copy_from_slice(&sealed);
+            receiver.end = sealed.len();
             receiver.buffer = Some(buffer);
         }
         Self { tcp, peer, sender: Sender { sealer }, receiver, broken: false }
