@@ -88,6 +88,7 @@ async fn node(config: config::Node, log: logging::LogLevel) -> anyhow::Result<()
         node: name,
         snapshot: sources.snapshot.clone(),
         changed: sources.changed.clone(),
+        problems: sources.problems.clone(),
         redirect: redirect.clone(),
         certificates: certificates.clone(),
         events,

@@ -14,7 +14,7 @@ use tokio::task::JoinSet;
 use super::legacy::{self, Tuple};
 use super::{Netns, NetnsError, RoutesError, routes};
 use crate::identity::Certificates;
-use crate::model::{Snapshot, SpiffeId, Transport, Workload};
+use crate::model::{Problem, Severity, Snapshot, SpiffeId, Transport, Workload};
 use crate::redirect::{PodEntry, Redirect, RedirectError};
 
 /// How often what failed is tried again, vanished namespaces are looked for and old connections are counted.
@@ -32,6 +32,16 @@ pub struct EnrolledPod {
     pub plain: TcpListener,
     /// Port 15008.
     pub hbone: TcpListener,
+}
+
+impl EnrolledPod {
+    /// Listens no more, though connections of the pod still hold this: whoever listens next finds the ports free, and until
+    /// then connections are refused.
+    pub fn stop_listening(&self) {
+        for listener in [&self.outbound, &self.plain, &self.hbone] {
+            let _ = rustix::net::shutdown(listener, rustix::net::Shutdown::Read);
+        }
+    }
 }
 
 /// What the workers are told.
@@ -64,6 +74,7 @@ pub struct Inputs {
     pub node: Arc<str>,
     pub snapshot: Arc<ArcSwap<Snapshot>>,
     pub changed: watch::Receiver<u64>,
+    pub problems: watch::Receiver<Arc<Vec<Problem>>>,
     pub redirect: Arc<Redirect>,
     pub certificates: Certificates,
     /// Told in order, from one task.
@@ -142,20 +153,25 @@ impl Enrollment {
         let mut joining: JoinSet<Joined> = JoinSet::new();
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let mut adopted = false;
+        let mut settled = false;
         loop {
             self.reconcile(&mut pods, &mut joining);
-            if !adopted && joining.is_empty() {
+            if !settled && joining.is_empty() {
                 // Those whom an agent before us enrolled, and who are wanted no more.
-                self.let_strangers_go(&pods);
-                adopted = true;
+                self.let_strangers_go();
+                settled = true;
                 self.settled.send_replace(true);
             }
             self.publish(&pods);
             tokio::select! {
-                changed = self.inputs.changed.changed() => if changed.is_err() {
-                    return;
-                },
+                changed = self.inputs.changed.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                    if settled {
+                        self.let_strangers_go();
+                    }
+                }
                 Some(joined) = joining.join_next() => match joined {
                     Ok((workload, result)) => self.joined(&mut pods, workload, result),
                     Err(e) => tracing::error!("a pod's enrolment panicked: {e}"),
@@ -228,6 +244,7 @@ impl Enrollment {
                 tracing::error!(pod = %workload.name, "cannot take the pod out of the kernel's maps: {e}");
             }
             (self.inputs.events)(PodEvent::Left { uid: workload.uid.clone(), gone });
+            pod.stop_listening();
             if !gone {
                 // Connections that go on need the way back; it is taken away when they have ended.
                 routes::unwanted(&pod.netns);
@@ -268,27 +285,25 @@ impl Enrollment {
         }
     }
 
-    fn let_strangers_go(&self, pods: &BTreeMap<Arc<str>, Pod>) {
-        let known: HashSet<_> = pods
-            .values()
-            .filter_map(|pod| match &pod.state {
-                State::Enrolled { pod, .. } => Some(pod.netns.cookie()),
-                State::Joining(_) | State::Failed(_) | State::Due(_) => None,
-            })
-            .collect();
-        // A wanted pod that could not be taken in stays closed, as the agent before us left it.
-        if pods.values().any(|pod| matches!(pod.state, State::Failed(_) | State::Due(_))) {
+    /// Lets go those whom an agent before us enrolled, where the configuration *says* that they are not in the mesh. What it
+    /// does not speak of stays closed: a manifest that cannot be read must open nothing.
+    fn let_strangers_go(&self) {
+        // A Namespace that cannot be read makes its pods look as if they were outside.
+        if self.inputs.problems.borrow().iter().any(|p| p.severity == Severity::Error) {
             return;
         }
-        match self.inputs.redirect.enrolled() {
-            Ok(cookies) => {
-                for cookie in cookies.into_iter().filter(|c| !known.contains(c)) {
-                    if let Err(e) = self.inputs.redirect.unenroll(cookie) {
-                        tracing::error!("cannot let go a pod of an earlier run: {e}");
-                    }
-                }
+        let strangers = match self.inputs.redirect.enrolled() {
+            Ok(cookies) => cookies,
+            Err(e) => return tracing::error!("cannot read the enrolled pods: {e}"),
+        };
+        let snapshot = self.inputs.snapshot.load_full();
+        let outside = snapshot.workloads().filter(|w| w.is_on(&self.inputs.node) && w.transport == Transport::Plain);
+        for cookie in outside.filter_map(|w| Netns::open(w.netns.as_deref()?).ok()).map(|netns| netns.cookie()) {
+            if strangers.contains(&cookie)
+                && let Err(e) = self.inputs.redirect.unenroll(cookie)
+            {
+                tracing::error!("cannot let go a pod of an earlier run: {e}");
             }
-            Err(e) => tracing::error!("cannot read the enrolled pods of an earlier run: {e}"),
         }
     }
 

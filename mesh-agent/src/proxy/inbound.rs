@@ -134,6 +134,7 @@ pub async fn serve_plain(worker: Rc<Worker>, pod: Arc<LocalPod>, accepted: Accep
         Ok(admitted) => admitted,
         Err(_) => return sock::reset(tcp),
     };
+    connect::keep_alive(&tcp);
     let (counts, cut) = (Rc::new(Counts::default()), Rc::new(Cut::default()));
     let open = enter(&worker, &pod, judged, Transport::Plain, &cut, &counts, started);
     let stop = async {

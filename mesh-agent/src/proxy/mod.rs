@@ -114,6 +114,9 @@ impl Proxy {
 
     /// Accepts nothing more, waits until the open connections have ended or `patience` is over, and stops the workers.
     pub async fn drain(&self, patience: Duration) {
+        for pod in self.shared.pods.load().values() {
+            pod.pod.stop_listening();
+        }
         for index in 0..self.shared.workers.len() {
             self.tell(index, Event::Drain);
         }

@@ -52,6 +52,12 @@ pub async fn serve(worker: Rc<Worker>, pod: Arc<LocalPod>, accepted: Accepted) {
     };
     let snapshot = worker.snapshot();
     let source = snapshot.workload(&pod.pod.workload.uid).unwrap_or(&pod.pod.workload).clone();
+    // A pod may bind what it likes (127.0.0.1, or with NET_RAW anything): the kernel attests which pod it is, not that
+    // address. Policies, the server and the log see the pod's own.
+    let peer = match source.address_like(original.ip()) {
+        Some(own) if !source.addresses.contains(&peer.ip()) => SocketAddr::new(own, peer.port()),
+        _ => peer,
+    };
     let from = Party { address: Some(peer), identity: Some(source.identity.clone()), workload: Some(source) };
     match reach(&worker, &pod, &snapshot, peer, original).await {
         Ok((destination, path)) => carry(&worker, &pod, tcp, from, destination, path, started).await,
@@ -178,9 +184,15 @@ async fn tunnel(
         baggage: &pod.baggage,
         patience,
     };
-    // An agent that takes the connection and then says nothing must not hold the client for ever.
-    let opened = tokio::time::timeout(CONNECT_BUDGET, worker.pool.open(&dialer, &peer, address)).await;
-    Ok(match opened.unwrap_or(Err(ConnError::ConnectTimeout { address }))? {
+    // An agent that takes the connection and then says nothing must not hold the client for ever, nor use up the time in
+    // which another endpoint could be tried.
+    let budget = if patience.is_zero() { CONNECT_BUDGET / 3 } else { CONNECT_BUDGET };
+    let opened = tokio::time::timeout(budget, worker.pool.open(&dialer, &peer, address)).await;
+    let opened = opened.unwrap_or_else(|_| {
+        worker.pool.forget(&peer);
+        Err(ConnError::ConnectTimeout { address })
+    });
+    Ok(match opened? {
         Carrier::Session(lease) => Path::Session(lease),
         Carrier::Hbone { send, receive, place } => Path::Hbone { send, receive, place },
     })
@@ -188,7 +200,9 @@ async fn tunnel(
 
 async fn plain(worker: &Worker, pod: &LocalPod, address: SocketAddr) -> Result<Path, ConnError> {
     let connected = connect::from_pod(&pod.pod, &worker.shared.redirect, address).await;
-    connected.map(Path::Plain).map_err(|source| ConnError::Connect { address, source })
+    let tcp = connected.map_err(|source| ConnError::Connect { address, source })?;
+    connect::keep_alive(&tcp);
+    Ok(Path::Plain(tcp))
 }
 
 /// Both pods are ours: the server's policy is judged here, by the identity of the pod that the kernel attests, and the

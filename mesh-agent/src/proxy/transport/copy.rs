@@ -30,6 +30,8 @@ enum Failed {
 
 /// Carries bytes between `client` and `server` until both have ended, or `cut` is done.
 pub async fn relay(client: TcpStream, server: TcpStream, counts: &Counts, cut: impl Future<Output = ()>) -> End {
+    sock::arm(&client);
+    sock::arm(&server);
     let both = async {
         tokio::try_join!(
             async {
@@ -50,7 +52,11 @@ pub async fn relay(client: TcpStream, server: TcpStream, counts: &Counts, cut: i
         biased;
         () = cut => End::Cut,
         done = both => match done {
-            Ok(_) => return End::Finished,
+            Ok(_) => {
+                sock::disarm(&client);
+                sock::disarm(&server);
+                return End::Finished;
+            }
             Err(end) => end,
         },
     };

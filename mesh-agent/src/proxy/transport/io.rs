@@ -113,6 +113,17 @@ pub fn finish(socket: &TcpStream) -> io::Result<()> {
     }
 }
 
+/// From now on an end that nobody meant (the agent is killed, a task is dropped) resets the connection: an orderly one
+/// would pass a cut-off stream for a whole one.
+pub fn arm(socket: &TcpStream) {
+    let _ = rustix::net::sockopt::set_socket_linger(socket, Some(Duration::ZERO));
+}
+
+/// The connection has ended in order: what was written last is still sent.
+pub fn disarm(socket: &TcpStream) {
+    let _ = rustix::net::sockopt::set_socket_linger(socket, None);
+}
+
 /// Ends a connection with a reset, as a broken one ends; an orderly end would tell the peer that all bytes arrived.
 pub fn reset(socket: TcpStream) {
     let _ = rustix::net::sockopt::set_socket_linger(&socket, Some(Duration::ZERO));

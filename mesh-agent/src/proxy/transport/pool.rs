@@ -22,7 +22,7 @@ use crate::enrollment::EnrolledPod;
 use crate::identity::Certificates;
 use crate::model::{Snapshot, SpiffeId};
 use crate::proxy::error::{ConnError, TunnelError};
-use crate::redirect::Redirect;
+use crate::redirect::{NetnsCookie, Redirect};
 
 /// Sessions of one pair of pods, over all workers; further connections share HBONE tunnels. Bounds sockets, handshakes and
 /// the pod's ephemeral ports.
@@ -53,7 +53,11 @@ pub struct Pool {
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Key {
     source: Arc<str>,
+    /// A pod of the same name may come back in another namespace or with another account.
+    netns: NetnsCookie,
+    source_identity: SpiffeId,
     destination: Arc<str>,
+    identity: SpiffeId,
     address: IpAddr,
 }
 
@@ -109,7 +113,10 @@ impl Pool {
     pub async fn open(&self, dialer: &Dialer<'_>, peer: &Peer, destination: SocketAddr) -> Result<Carrier, ConnError> {
         let entry = self.entry(Key {
             source: dialer.pod.workload.uid.clone(),
+            netns: dialer.pod.netns.cookie(),
+            source_identity: dialer.pod.workload.identity.clone(),
             destination: peer.uid.clone(),
+            identity: peer.identity.clone(),
             address: peer.address,
         });
         if !entry.hbone_only.get() {
@@ -172,7 +179,8 @@ impl Pool {
     /// Closes tunnels that were idle too long, whose certificate has expired, or whose pod has left the mesh.
     pub fn sweep(&self, snapshot: &Snapshot, now: Instant, wall: SystemTime) {
         self.entries.borrow_mut().retain(|key, entry| {
-            let gone = snapshot.workload(&key.source).is_none() || snapshot.workload(&key.destination).is_none();
+            let is = |uid: &str, identity: &SpiffeId| snapshot.workload(uid).is_some_and(|w| w.identity == *identity);
+            let gone = !is(&key.source, &key.source_identity) || !is(&key.destination, &key.identity);
             let stale = |since: Instant, expires: SystemTime| gone || now - since > IDLE || wall >= expires;
             entry.idle.borrow_mut().retain(|idle| !stale(idle.since, idle.expires));
             entry.hbone.borrow_mut().retain(|shared| {
@@ -181,6 +189,15 @@ impl Pool {
             });
             !(gone || entry.is_empty()) || Rc::strong_count(entry) > 1
         });
+    }
+
+    /// The peer does not answer: sessions to it that look idle are dead too.
+    pub fn forget(&self, peer: &Peer) {
+        for (key, entry) in self.entries.borrow().iter() {
+            if key.destination == peer.uid && key.address == peer.address {
+                entry.idle.borrow_mut().clear();
+            }
+        }
     }
 
     /// For metrics: tunnels that stand, sessions and HBONE.

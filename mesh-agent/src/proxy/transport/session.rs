@@ -8,6 +8,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use tokio::net::TcpStream;
+use tokio::sync::Notify;
 
 use super::buffers::{self, Buffer};
 use super::frame::{self, Kind, OPEN_MAX, Refusal};
@@ -38,6 +39,8 @@ pub struct Session {
 
 struct Sender {
     sealer: Sealer,
+    /// A record is being written. Where the writer is dropped then, half of it is out, and nothing may follow.
+    midway: bool,
 }
 
 struct Receiver {
@@ -117,7 +120,7 @@ impl Session {
             receiver.end = sealed.len();
             receiver.buffer = Some(buffer);
         }
-        Self { tcp, peer, sender: Sender { sealer }, receiver, broken: false }
+        Self { tcp, peer, sender: Sender { sealer, midway: false }, receiver, broken: false }
     }
 
     pub fn peer(&self) -> &SpiffeId {
@@ -177,7 +180,7 @@ impl Session {
     /// Server: says no, and waits until the client has taken note; the session is free again.
     pub async fn refuse(&mut self, refusal: Refusal) -> Result<(), SessionError> {
         self.sender.send(&self.tcp, Kind::Refused, &[refusal.byte()]).await?;
-        self.discard().await
+        tokio::time::timeout(DISCARD, self.discard()).await.unwrap_or(Err(SessionError::Closed))
     }
 
     /// Server: says that the application has taken the connection.
@@ -191,40 +194,53 @@ impl Session {
             Side::Client => (&counts.sent, &counts.received),
             Side::Server => (&counts.received, &counts.sent),
         };
-        let (we_ended, peer_ended) = (Cell::new(false), Cell::new(false));
+        let (we_ended, peer_ended, ended) = (Cell::new(false), Cell::new(false), Notify::new());
+        sock::arm(&app);
         let Self { tcp, sender, receiver, .. } = self;
-        let both = async {
-            tokio::try_join!(async { upload(&app, tcp, sender, up).await.map(|()| we_ended.set(true)) }, async {
-                download(tcp, receiver, &app, down).await.map(|()| peer_ended.set(true))
-            },)
+        let there = async {
+            upload(&app, tcp, sender, up).await?;
+            we_ended.set(true);
+            ended.notify_one();
+            Ok(())
+        };
+        let back = async {
+            download(tcp, receiver, &app, down).await?;
+            peer_ended.set(true);
+            // Half-closed: the peer may still break it off, or die.
+            while !we_ended.get() {
+                tokio::select! {
+                    () = ended.notified() => {}
+                    frame = receiver.frame(tcp) => return Err(after_end(frame)),
+                }
+            }
+            Ok(())
         };
         let end = tokio::select! {
             // First, so that the cause on record is the true one.
             biased;
             () = cut => End::Cut,
-            done = both => match done {
-                Ok(_) => return End::Finished,
+            done = async { tokio::try_join!(there, back) } => match done {
+                Ok(_) => {
+                    sock::disarm(&app);
+                    return End::Finished;
+                }
                 Err(end) => end,
             },
         };
         sock::reset(app);
-        let told = match &end {
-            // The peer no longer listens for frames of this connection: only the end of the session reaches it.
-            End::LocalReset(_) | End::Cut if we_ended.get() => Err(SessionError::Closed),
-            End::LocalReset(_) | End::Cut if peer_ended.get() => self.sender.send(&self.tcp, Kind::Reset, &[]).await,
-            End::LocalReset(_) | End::Cut => self.reset().await,
-            End::PeerReset if we_ended.get() => Ok(()),
-            End::PeerReset => self.sender.send(&self.tcp, Kind::Reset, &[]).await,
-            End::Finished | End::Broken(_) => Ok(()),
-        };
-        match told {
-            Ok(()) => end,
-            Err(_) if matches!(end, End::LocalReset(_) | End::Cut | End::PeerReset) => {
-                self.broken = true;
-                end
+        // Nothing may follow half a record, and a peer that does not read must not keep a connection that has ended.
+        let told = async {
+            match &end {
+                _ if self.sender.midway => Err(SessionError::Closed),
+                End::LocalReset(_) | End::Cut if !peer_ended.get() => self.reset().await,
+                End::PeerReset if we_ended.get() => Ok(()),
+                End::LocalReset(_) | End::Cut | End::PeerReset => self.sender.send(&self.tcp, Kind::Reset, &[]).await,
+                End::Finished | End::Broken(_) => Err(SessionError::Closed),
             }
-            Err(e) => End::Broken(e),
-        }
+        };
+        let told = tokio::time::timeout(DISCARD, told).await.unwrap_or(Err(SessionError::Closed));
+        self.broken = told.is_err();
+        end
     }
 
     /// Breaks off the connection that the session carries; the session is free again when the peer has ended too.
@@ -251,7 +267,7 @@ impl Session {
                 }
             }
         };
-        tokio::time::timeout(DISCARD, rest).await.unwrap_or(Err(SessionError::Closed))
+        rest.await
     }
 }
 
@@ -265,15 +281,32 @@ impl Sender {
         let record = &mut record[..OVERHEAD + 1 + payload.len()];
         self.rekey(tcp).await?;
         self.sealer.seal(record)?;
-        Ok(sock::write_all(tcp, record).await?)
+        self.write(tcp, record).await
+    }
+
+    async fn write(&mut self, tcp: &TcpStream, records: &[u8]) -> Result<(), SessionError> {
+        self.midway = true;
+        sock::write_all(tcp, records).await?;
+        self.midway = false;
+        Ok(())
     }
 
     async fn rekey(&mut self, tcp: &TcpStream) -> Result<(), SessionError> {
         if self.sealer.wants_key_update() {
             let record = self.sealer.key_update()?;
-            sock::write_all(tcp, &record).await?;
+            self.write(tcp, &record).await?;
         }
         Ok(())
+    }
+}
+
+/// What a frame means that comes after the peer's own end.
+fn after_end(frame: Result<Option<(Kind, Vec<u8>)>, SessionError>) -> End {
+    match frame {
+        Ok(Some((Kind::Reset, _))) => End::PeerReset,
+        Ok(Some(_)) => End::Broken(SessionError::Protocol),
+        Ok(None) => End::Broken(SessionError::Closed),
+        Err(e) => End::Broken(e),
     }
 }
 
@@ -309,7 +342,7 @@ async fn upload(app: &TcpStream, tcp: &TcpStream, sender: &mut Sender, count: &C
             sealed += record.len();
             rest -= data;
         }
-        sock::write_all(tcp, &buffer[..sealed]).await.map_err(|e| End::Broken(e.into()))?;
+        sender.write(tcp, &buffer[..sealed]).await.map_err(End::Broken)?;
         count.set(count.get() + bytes as u64);
     }
 }

@@ -53,12 +53,16 @@ pub async fn relay(
         Side::Server => (&counts.received, &counts.sent),
     };
     let (mut send, mut receive) = (send, receive);
+    sock::arm(&app);
     let both = async { tokio::try_join!(upload(&app, &mut send, up), download(&mut receive, &app, down)).map(|_| ()) };
     let end = tokio::select! {
         biased;
         () = cut => End::Cut,
         done = both => match done {
-            Ok(()) => return End::Finished,
+            Ok(()) => {
+                sock::disarm(&app);
+                return End::Finished;
+            }
             Err(end) => end,
         },
     };
