@@ -166,14 +166,6 @@ impl Connections {
     pub fn list(&self) -> Vec<ConnectionInfo> {
         self.open.borrow().values().map(|open| open.info()).collect()
     }
-
-    pub fn len(&self) -> usize {
-        self.open.borrow().len()
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.open.borrow().is_empty()
-    }
 }
 
 impl Entry {

@@ -19,9 +19,6 @@ pub mod stream;
 #[cfg(test)]
 mod tests;
 
-/// ALPN of our session tunnel.
-pub const ALPN_SESSION: &[u8] = b"nodemesh/1";
-/// ALPN of HBONE.
-pub const ALPN_HBONE: &[u8] = b"h2";
-/// The port of mutual TLS in every pod, for both tunnels; Istio ambient's, since users' NetworkPolicies name it.
-pub const HBONE_PORT: u16 = 15008;
+pub use mesh_common::HBONE_PORT;
+
+pub use crate::identity::{ALPN_H2 as ALPN_HBONE, ALPN_NODEMESH as ALPN_SESSION};

@@ -200,12 +200,6 @@ impl Pool {
         }
     }
 
-    /// For metrics: tunnels that stand, sessions and HBONE.
-    pub fn size(&self) -> (usize, usize) {
-        let entries = self.entries.borrow();
-        entries.values().fold((0, 0), |(s, h), e| (s + e.sessions.get(), h + e.hbone.borrow().len()))
-    }
-
     fn entry(&self, key: Key) -> Rc<Entry> {
         self.entries.borrow_mut().entry(key).or_default().clone()
     }
