@@ -143,6 +143,8 @@ fn listen(port: u16) -> io::Result<TcpListener> {
         _ => Use::Plain,
     };
     bound_buffers(&socket, what_for)?;
+    // What is sent out of band keeps its place among the bytes; the application behind us gets it so.
+    socket.set_out_of_band_inline(true)?;
     socket.bind(&any.into())?;
     socket.listen(4096)?;
     Ok(socket.into())

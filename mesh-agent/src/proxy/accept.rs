@@ -10,7 +10,7 @@ use rustix::net::{SocketAddrAny, SocketFlags};
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 
-use super::worker::{Event, LocalPod, Worker};
+use super::worker::{LocalPod, Worker};
 
 /// Which listener a connection came to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,7 +57,7 @@ pub async fn run(worker: Rc<Worker>, pod: Arc<LocalPod>, gate: Gate) {
         match accepted {
             Ok((socket, peer)) => {
                 let Some(peer) = peer.and_then(canonical) else { continue };
-                worker.dispatch(Event::Accepted { pod: pod.clone(), gate, socket: socket.into(), peer });
+                worker.dispatch(pod.clone(), gate, socket.into(), peer);
             }
             Err(e) => {
                 // A connection that was reset before we took it is no fault of the listener.

@@ -35,6 +35,8 @@ pub enum ConnError {
     Tunnel { address: SocketAddr, source: TunnelError },
     #[error("the agent of {address} refused it: {}", refusal_text(*.refusal))]
     Refused { address: SocketAddr, refusal: Refusal },
+    #[error("{source}; the first bytes were sent, so no other endpoint was asked")]
+    Lost { source: Box<ConnError> },
     #[error("a policy that changed no longer allows it")]
     PolicyChanged,
     #[error("the client broke it off: {0}")]
@@ -66,6 +68,7 @@ impl ConnError {
             Self::Tunnel { .. } => ResponseFlag::TunnelFailure,
             Self::Refused { refusal: Refusal::Denied, .. } => ResponseFlag::Denied,
             Self::Refused { refusal: Refusal::Unreachable | Refusal::BadRequest, .. } => ResponseFlag::ConnectFailure,
+            Self::Lost { source } => source.flag(),
             Self::PolicyChanged => ResponseFlag::PolicyChanged,
             Self::ClientReset(_) | Self::ServerReset(_) | Self::PeerReset => ResponseFlag::None,
         }
@@ -78,7 +81,7 @@ impl ConnError {
             Self::WrongIdentity { .. } => true,
             Self::Refused { refusal, .. } => *refusal == Refusal::Unreachable,
             Self::Denied(_) | Self::NoSuchPort { .. } | Self::NoEndpoint(_) | Self::Outside(_) => false,
-            Self::NoCertificate(_) | Self::PolicyChanged => false,
+            Self::NoCertificate(_) | Self::Lost { .. } | Self::PolicyChanged => false,
             Self::ClientReset(_) | Self::ServerReset(_) | Self::PeerReset => false,
         }
     }

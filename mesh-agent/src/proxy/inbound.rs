@@ -79,7 +79,7 @@ async fn serve_session(worker: &Rc<Worker>, pod: &Arc<LocalPod>, peer: SocketAdd
         }
         let (counts, cut) = (Rc::new(Counts::default()), Rc::new(Cut::default()));
         let open = enter(worker, pod, judged, Transport::Session, &cut, &counts, started);
-        let end = session.relay(app, Side::Server, &counts, cut.asked()).await;
+        let end = session.relay(app, Side::Server, 0, &counts, cut.asked()).await;
         let broken = matches!(end, super::transport::session::End::Broken(_)) || session.is_broken();
         let result = error::of_session(end, peer, Side::Server);
         open.end(&result);

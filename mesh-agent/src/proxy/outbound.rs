@@ -12,7 +12,7 @@ use super::connections::{Cut, Judged, Transport};
 use super::error::{self, ConnError};
 use super::policy::{self, Connection};
 use super::transport::pool::{Carrier, Dialer, Lease, Peer};
-use super::transport::session::{Counts, Side};
+use super::transport::session::{Counts, Early, Side};
 use super::transport::{HBONE_PORT, connect, copy, hbone, io as sock};
 use super::worker::{LocalPod, Worker};
 use super::{application, balance};
@@ -35,9 +35,18 @@ struct Destination {
 
 /// A way to the destination that stands.
 enum Path {
-    Session(Lease),
-    Hbone { send: h2::SendStream<bytes::Bytes>, receive: h2::RecvStream, place: hbone::Place },
-    Local { app: TcpStream, server: Arc<LocalPod>, judged: Judged },
+    /// With so many of the client's bytes gone along with OPEN.
+    Session(Lease, usize),
+    Hbone {
+        send: h2::SendStream<bytes::Bytes>,
+        receive: h2::RecvStream,
+        place: hbone::Place,
+    },
+    Local {
+        app: TcpStream,
+        server: Arc<LocalPod>,
+        judged: Judged,
+    },
     Plain(TcpStream),
 }
 
@@ -59,7 +68,7 @@ pub async fn serve(worker: Rc<Worker>, pod: Arc<LocalPod>, accepted: Accepted) {
         _ => peer,
     };
     let from = Party { address: Some(peer), identity: Some(source.identity.clone()), workload: Some(source) };
-    match reach(&worker, &pod, &snapshot, peer, original).await {
+    match reach(&worker, &pod, &snapshot, peer, original, &tcp).await {
         Ok((destination, path)) => carry(&worker, &pod, tcp, from, destination, path, started).await,
         Err((destination, error)) => {
             sock::reset(tcp);
@@ -76,19 +85,20 @@ async fn reach(
     snapshot: &Snapshot,
     client: SocketAddr,
     original: SocketAddr,
+    tcp: &TcpStream,
 ) -> Result<(Destination, Path), (Destination, ConnError)> {
     let lone = |workload, service| Destination { address: original, workload, service };
     let (service, port) = match snapshot.resolve(original) {
         Target::Service { service, port } => (service, port),
         Target::Workload { workload, service } => {
             let destination = lone(Some(workload), service);
-            return attempt(worker, pod, snapshot, client, destination, PATIENCE).await;
+            return attempt(worker, pod, snapshot, client, destination, tcp, PATIENCE).await;
         }
         Target::Outside if snapshot.settings().outbound == OutboundPolicy::RegistryOnly => {
             return Err((lone(None, None), ConnError::Outside(original)));
         }
         Target::Outside => {
-            return attempt(worker, pod, snapshot, client, lone(None, None), PATIENCE).await;
+            return attempt(worker, pod, snapshot, client, lone(None, None), tcp, PATIENCE).await;
         }
         Target::NoSuchPort { service } => {
             let error = ConnError::NoSuchPort { service: service.hostname.to_string(), port: original.port() };
@@ -108,7 +118,7 @@ async fn reach(
         tried.push(endpoint.address);
         // With other endpoints at hand none is waited for.
         let patience = if several { Duration::ZERO } else { PATIENCE };
-        match attempt(worker, pod, snapshot, client, destination, patience).await {
+        match attempt(worker, pod, snapshot, client, destination, tcp, patience).await {
             Ok(found) => return Ok(found),
             Err(failed) if failed.1.is_worth_another_endpoint() => last = Some(failed),
             Err(failed) => return Err(failed),
@@ -151,13 +161,14 @@ async fn attempt(
     snapshot: &Snapshot,
     client: SocketAddr,
     destination: Destination,
+    tcp: &TcpStream,
     patience: Duration,
 ) -> Result<(Destination, Path), (Destination, ConnError)> {
     let path = match &destination.workload {
         Some(server) => match worker.shared.pod(&server.uid) {
             Some(local) => same_node(worker, pod, snapshot, local, client, destination.address).await,
             None if server.transport == crate::model::Transport::Hbone => {
-                tunnel(worker, pod, server, destination.address, patience).await
+                tunnel(worker, pod, server, destination.address, tcp, patience).await
             }
             None => plain(worker, pod, destination.address).await,
         },
@@ -174,6 +185,7 @@ async fn tunnel(
     pod: &LocalPod,
     server: &Workload,
     address: SocketAddr,
+    tcp: &TcpStream,
     patience: Duration,
 ) -> Result<Path, ConnError> {
     let peer = Peer { uid: server.uid.clone(), identity: server.identity.clone(), address: address.ip() };
@@ -187,13 +199,19 @@ async fn tunnel(
     // An agent that takes the connection and then says nothing must not hold the client for ever, nor use up the time in
     // which another endpoint could be tried.
     let budget = if patience.is_zero() { CONNECT_BUDGET / 3 } else { CONNECT_BUDGET };
-    let opened = tokio::time::timeout(budget, worker.pool.open(&dialer, &peer, address)).await;
+    let early = Early::new(tcp);
+    let opened = tokio::time::timeout(budget, worker.pool.open(&dialer, &peer, address, &early)).await;
     let opened = opened.unwrap_or_else(|_| {
         worker.pool.forget(&peer);
         Err(ConnError::ConnectTimeout { address })
     });
+    let opened = opened.map_err(|error| match early.sent() {
+        0 => error,
+        // Another endpoint must not be asked to do the same again.
+        _ => ConnError::Lost { source: Box::new(error) },
+    });
     Ok(match opened? {
-        Carrier::Session(lease) => Path::Session(lease),
+        Carrier::Session(lease) => Path::Session(lease, early.sent()),
         Carrier::Hbone { send, receive, place } => Path::Hbone { send, receive, place },
     })
 }
@@ -246,7 +264,7 @@ async fn carry(
     started: Instant,
 ) {
     let (transport, security) = match &path {
-        Path::Session(_) => (Transport::Session, Security::MutualTls),
+        Path::Session(..) => (Transport::Session, Security::MutualTls),
         Path::Hbone { .. } => (Transport::Hbone, Security::MutualTls),
         Path::Local { .. } => (Transport::Local, Security::MutualTls),
         Path::Plain(_) => (Transport::Plain, Security::None),
@@ -262,8 +280,8 @@ async fn carry(
         }
     };
     let result = match path {
-        Path::Session(mut lease) => {
-            let end = lease.session().relay(tcp, Side::Client, &counts, stop).await;
+        Path::Session(mut lease, early) => {
+            let end = lease.session().relay(tcp, Side::Client, early, &counts, stop).await;
             let result = error::of_session(end, destination.address, Side::Client);
             lease.finish();
             result

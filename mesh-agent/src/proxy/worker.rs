@@ -138,14 +138,7 @@ async fn main(worker: Rc<Worker>, mut events: mpsc::UnboundedReceiver<Event>, mu
                     stop(accepting.insert(uid, tasks.into()));
                 }
                 Some(Event::Left { uid }) => stop(accepting.remove(&uid)),
-                Some(Event::Accepted { pod, gate, socket, peer }) => {
-                    let served = Served::new(&worker);
-                    let worker = worker.clone();
-                    tokio::task::spawn_local(async move {
-                        serve(worker, pod, gate, socket, peer).await;
-                        drop(served);
-                    });
-                }
+                Some(Event::Accepted { pod, gate, socket, peer }) => begin(&worker, pod, gate, socket, peer),
                 Some(Event::List(answer)) => {
                     // Who asked may have gone.
                     let _ = answer.send(worker.connections.list());
@@ -177,7 +170,16 @@ async fn main(worker: Rc<Worker>, mut events: mpsc::UnboundedReceiver<Event>, mu
     }
 }
 
-/// Serves an accepted socket on this worker.
+/// Serves an accepted socket, which has been counted, on this worker.
+fn begin(worker: &Rc<Worker>, pod: Arc<LocalPod>, gate: Gate, socket: std::net::TcpStream, peer: SocketAddr) {
+    let served = Served::new(worker);
+    let worker = worker.clone();
+    tokio::task::spawn_local(async move {
+        serve(worker, pod, gate, socket, peer).await;
+        drop(served);
+    });
+}
+
 async fn serve(worker: Rc<Worker>, pod: Arc<LocalPod>, gate: Gate, socket: std::net::TcpStream, peer: SocketAddr) {
     let accepted = socket.local_addr().and_then(|local| {
         let local = SocketAddr::new(local.ip().to_canonical(), local.port());
@@ -218,15 +220,17 @@ impl Worker {
     }
 
     /// Hands a connection to the worker that has the fewest; this one where it is no worse.
-    pub fn dispatch(&self, event: Event) {
+    pub fn dispatch(self: &Rc<Self>, pod: Arc<LocalPod>, gate: Gate, socket: std::net::TcpStream, peer: SocketAddr) {
         let load = |w: &WorkerHandle| w.load.load(Ordering::Relaxed);
-        let own = load(&self.shared.workers[self.index]);
-        let least = self.shared.workers.iter().min_by_key(|w| load(w)).filter(|w| load(w) < own);
-        let chosen = least.unwrap_or(&self.shared.workers[self.index]);
+        let own = &self.shared.workers[self.index];
+        let least = self.shared.workers.iter().min_by_key(|w| load(w)).filter(|w| load(w) < load(own));
         // Counted here and not on arrival: the next choice comes before.
-        chosen.load.fetch_add(1, Ordering::Relaxed);
-        // A worker that has ended takes nothing: the socket closes.
-        let _ = chosen.events.send(event);
+        least.unwrap_or(own).load.fetch_add(1, Ordering::Relaxed);
+        match least {
+            None => begin(self, pod, gate, socket, peer),
+            // A worker that has ended takes nothing: the socket closes.
+            Some(other) => drop(other.events.send(Event::Accepted { pod, gate, socket, peer })),
+        }
     }
 
     /// Enters a connection that stands.

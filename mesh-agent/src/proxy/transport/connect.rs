@@ -7,7 +7,7 @@ use std::os::fd::AsFd;
 use std::time::Duration;
 
 use socket2::{Domain, Protocol, SockAddr, Socket, TcpKeepalive, Type};
-use tokio::net::{TcpSocket, TcpStream};
+use tokio::net::TcpStream;
 
 use super::HBONE_PORT;
 use crate::enrollment::EnrolledPod;
@@ -62,12 +62,29 @@ fn open(pod: &EnrolledPod, redirect: &Redirect, destination: SocketAddr) -> io::
     let socket = pod.netns.run(|| Socket::new(domain, kind, Some(Protocol::TCP)))??;
     redirect.tag_own(socket.as_fd())?;
     socket.set_tcp_nodelay(true)?;
+    socket.set_out_of_band_inline(true)?;
     Ok(socket)
 }
 
 async fn connect(socket: Socket, destination: SocketAddr) -> io::Result<TcpStream> {
-    let connecting = TcpSocket::from_std_stream(socket.into()).connect(destination);
-    tokio::time::timeout(TIMEOUT, connecting).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+    let address = SockAddr::from(destination);
+    // Over lo the handshake is done by the time `connect` returns, though it says EINPROGRESS. Asked again it says so, and
+    // no event needs to be waited for.
+    let pending = match socket.connect(&address) {
+        Err(e) if e.raw_os_error() == Some(libc::EINPROGRESS) => match socket.connect(&address) {
+            Err(e) if e.raw_os_error() == Some(libc::EALREADY) => true,
+            asked => asked.map(|()| false)?,
+        },
+        done => done.map(|()| false)?,
+    };
+    let tcp = TcpStream::from_std(socket.into())?;
+    if pending {
+        tokio::time::timeout(TIMEOUT, tcp.writable()).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))?;
+        if let Some(e) = tcp.take_error()? {
+            return Err(e);
+        }
+    }
+    Ok(tcp)
 }
 
 /// Binds the address and leaves the port to `connect`, which knows the destination and can use a port again for another.

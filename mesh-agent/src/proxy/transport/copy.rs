@@ -6,7 +6,7 @@ use std::io::{self, IoSlice, IoSliceMut};
 use tokio::net::TcpStream;
 
 use super::buffers::Buffer;
-use super::io as sock;
+use super::io::{self as sock, Read};
 use super::session::Counts;
 
 /// How a plain connection ended.
@@ -69,13 +69,14 @@ async fn one_way(from: &TcpStream, to: &TcpStream, count: &Cell<u64>) -> Result<
     loop {
         sock::readable(from).await.map_err(Failed::Read)?;
         let mut buffer = Buffer::take();
-        match sock::try_read(from, &mut [IoSliceMut::new(&mut buffer)]).map_err(Failed::Read)? {
-            None => {}
-            Some(0) => return sock::finish(to).map_err(Failed::Write),
-            Some(n) => {
-                sock::write_all_vectored(to, &mut [IoSlice::new(&buffer[..n])]).await.map_err(Failed::Write)?;
-                count.set(count.get() + n as u64);
-            }
+        let read = sock::try_read(from, &mut [IoSliceMut::new(&mut buffer)]).map_err(Failed::Read)?;
+        if let Read::Bytes(n) | Read::Last(n) = read {
+            let last = matches!(read, Read::Last(_));
+            sock::write_all_vectored(to, &mut [IoSlice::new(&buffer[..n])], last).await.map_err(Failed::Write)?;
+            count.set(count.get() + n as u64);
+        }
+        if let Read::Last(_) | Read::End = read {
+            return sock::finish(to).map_err(Failed::Write);
         }
     }
 }

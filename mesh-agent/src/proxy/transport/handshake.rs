@@ -199,7 +199,7 @@ impl Drive {
         self.incoming.resize(filled + 4096, 0);
         let read = loop {
             let into = &mut self.incoming[filled..];
-            match sock::try_read(&self.tcp, &mut [io::IoSliceMut::new(into)]) {
+            match sock::try_read(&self.tcp, &mut [io::IoSliceMut::new(into)]).map(sock::Read::count) {
                 Ok(Some(n)) => break Ok(n),
                 Ok(None) => sock::readable(&self.tcp).await?,
                 Err(e) => break Err(e),
@@ -212,7 +212,7 @@ impl Drive {
     /// Sends the alert that says why we refuse, if the socket takes it.
     async fn last_words(&mut self, alert: impl FnOnce(&mut Vec<u8>, &mut VecDeque<Vec<u8>>)) {
         alert(&mut self.outgoing, &mut self.opened);
-        let _ = sock::try_write(&self.tcp, &[io::IoSlice::new(&self.outgoing)]);
+        let _ = sock::try_write(&self.tcp, &[io::IoSlice::new(&self.outgoing)], false);
         let _ = sock::finish(&self.tcp);
     }
 }

@@ -5,9 +5,11 @@ use std::future::poll_fn;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::net::TcpListener;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::pin::pin;
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use rustix::net::{RecvFlags, SendFlags};
+use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::net::TcpStream;
@@ -29,62 +31,107 @@ pub async fn writable(socket: &TcpStream) -> io::Result<()> {
     poll_fn(|cx| socket.poll_write_ready(cx)).await
 }
 
-/// Reads what is there, without waiting. `Ok(None)`: nothing yet; `Ok(Some(0))`: the peer has ended its side.
+/// What a read gave.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Read {
+    /// Nothing yet.
+    Nothing,
+    Bytes(usize),
+    /// So many bytes, and the peer's orderly end right behind them: no further read is needed to see it.
+    Last(usize),
+    /// The peer has ended its side.
+    End,
+}
+
+impl Read {
+    /// For those who meet the end at the next read: `None`: nothing yet; `Some(0)`: the end.
+    pub fn count(self) -> Option<usize> {
+        match self {
+            Self::Nothing => None,
+            Self::Bytes(n) | Self::Last(n) => Some(n),
+            Self::End => Some(0),
+        }
+    }
+}
+
+/// Reads what is there, without waiting.
 ///
 /// A short read tells that the socket is empty, so that the next `readable` waits at once: the usual second `read` that
 /// only gives EAGAIN is saved. (An end of stream is kept apart by epoll and not lost.)
-pub fn try_read(socket: &TcpStream, into: &mut [IoSliceMut<'_>]) -> io::Result<Option<usize>> {
+pub fn try_read(socket: &TcpStream, into: &mut [IoSliceMut<'_>]) -> io::Result<Read> {
     let room: usize = into.iter().map(|b| b.len()).sum();
-    // One buffer goes by the shorter way, past the file system's layer and the copy of a vector.
-    if let [one] = into {
-        return partial(socket, Interest::READABLE, room, || {
-            rustix::net::recv(socket, &mut **one, RecvFlags::empty()).map(|(n, _)| n)
-        });
-    }
-    partial(socket, Interest::READABLE, room, || rustix::io::readv(socket, into))
-}
-
-/// Writes what the socket takes, without waiting. `Ok(None)`: nothing now.
-pub fn try_write(socket: &TcpStream, from: &[IoSlice<'_>]) -> io::Result<Option<usize>> {
-    let size: usize = from.iter().map(|b| b.len()).sum();
-    if let [one] = from {
-        return partial(socket, Interest::WRITABLE, size, || rustix::net::send(socket, one, SendFlags::NOSIGNAL));
-    }
-    partial(socket, Interest::WRITABLE, size, || rustix::io::writev(socket, from))
-}
-
-fn partial(
-    socket: &TcpStream,
-    interest: Interest,
-    whole: usize,
-    mut call: impl FnMut() -> rustix::io::Result<usize>,
-) -> io::Result<Option<usize>> {
-    let mut done = None;
-    let result = socket.try_io(interest, || {
-        loop {
-            match call() {
-                Err(rustix::io::Errno::INTR) => {}
-                Err(e) => return Err(e.into()),
-                Ok(n) => {
-                    done = Some(n);
-                    // Said to tokio only, to clear its readiness: the bytes have moved.
-                    return if n != 0 && n < whole { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) };
-                }
-            }
-        }
+    let mut done = Read::Nothing;
+    let result = socket.try_io(Interest::READABLE, || {
+        let n = retry(|| match &mut *into {
+            // One buffer goes by the shorter way, past the file system's layer and the copy of a vector.
+            [one] => rustix::net::recv(socket, &mut **one, RecvFlags::empty()).map(|(n, _)| n),
+            several => rustix::io::readv(socket, several),
+        })?;
+        done = if n == 0 { Read::End } else { Read::Bytes(n) };
+        // Said to tokio only, to clear its readiness: the bytes have moved.
+        if n != 0 && n < room { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
     });
     match (done, result) {
-        (Some(n), _) => Ok(Some(n)),
-        (None, Err(e)) if e.kind() == io::ErrorKind::WouldBlock => Ok(None),
-        (None, Err(e)) => Err(e),
-        (None, Ok(())) => Ok(None),
+        // Nothing comes after an end. Asked for what is left, since urgent data make a read short too; they are counted
+        // here for they lie in line (SO_OOBINLINE).
+        (Read::Bytes(n), Err(_))
+            if has_ended(socket) && rustix::io::ioctl_fionread(socket).is_ok_and(|left| left == 0) =>
+        {
+            Ok(Read::Last(n))
+        }
+        (Read::Nothing, Err(e)) if e.kind() != io::ErrorKind::WouldBlock => Err(e),
+        _ => Ok(done),
+    }
+}
+
+/// Reads what is there and leaves it there; 0 where nothing is, or nothing that could be read.
+pub fn peek(socket: &TcpStream, into: &mut [u8]) -> usize {
+    rustix::net::recv(socket, into, RecvFlags::PEEK).map_or(0, |(n, _)| n)
+}
+
+/// Whether the peer has ended its side in order, as far as epoll has told. False after a reset.
+fn has_ended(socket: &TcpStream) -> bool {
+    let all = Interest::READABLE | Interest::WRITABLE | Interest::ERROR;
+    let ready = pin!(socket.ready(all)).poll(&mut Context::from_waker(Waker::noop()));
+    matches!(ready, Poll::Ready(Ok(r)) if r.is_read_closed() && !r.is_write_closed() && !r.is_error())
+}
+
+/// Writes what the socket takes, without waiting. `Ok(None)`: nothing now. `more`: hold back a last, part-filled segment,
+/// since bytes or the end follow at once.
+///
+/// Tried without asking tokio, which knows nothing yet of a socket that has just been connected.
+pub fn try_write(socket: &TcpStream, from: &[IoSlice<'_>], more: bool) -> io::Result<Option<usize>> {
+    let size: usize = from.iter().map(|b| b.len()).sum();
+    let flags = if more { SendFlags::NOSIGNAL | SendFlags::MORE } else { SendFlags::NOSIGNAL };
+    let sent = retry(|| match from {
+        [one] => rustix::net::send(socket, one, flags),
+        several => rustix::net::sendmsg(socket, several, &mut SendAncillaryBuffer::default(), flags),
+    });
+    let done = match sent {
+        Ok(n) => Some(n),
+        Err(e) if e.kind() == io::ErrorKind::WouldBlock => None,
+        Err(e) => return Err(e),
+    };
+    if done.is_none_or(|n| n < size) {
+        // Full: tokio is told, so that `writable` waits for room.
+        let _ = socket.try_io(Interest::WRITABLE, || Err::<(), _>(io::ErrorKind::WouldBlock.into()));
+    }
+    Ok(done)
+}
+
+fn retry(mut call: impl FnMut() -> rustix::io::Result<usize>) -> io::Result<usize> {
+    loop {
+        match call() {
+            Err(rustix::io::Errno::INTR) => {}
+            done => return done.map_err(Into::into),
+        }
     }
 }
 
 /// Writes all of `bytes`.
 pub async fn write_all(socket: &TcpStream, mut bytes: &[u8]) -> io::Result<()> {
     while !bytes.is_empty() {
-        match try_write(socket, &[IoSlice::new(bytes)])? {
+        match try_write(socket, &[IoSlice::new(bytes)], false)? {
             Some(n) => bytes = &bytes[n..],
             None => writable(socket).await?,
         }
@@ -92,11 +139,11 @@ pub async fn write_all(socket: &TcpStream, mut bytes: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-/// Writes all of `parts`, in order, in as few calls as the socket allows.
-pub async fn write_all_vectored(socket: &TcpStream, mut parts: &mut [IoSlice<'_>]) -> io::Result<()> {
+/// Writes all of `parts`, in order, in as few calls as the socket allows; `more` as for `try_write`.
+pub async fn write_all_vectored(socket: &TcpStream, mut parts: &mut [IoSlice<'_>], more: bool) -> io::Result<()> {
     IoSlice::advance_slices(&mut parts, 0);
     while !parts.is_empty() {
-        match try_write(socket, parts)? {
+        match try_write(socket, parts, more)? {
             Some(n) => IoSlice::advance_slices(&mut parts, n),
             None => writable(socket).await?,
         }

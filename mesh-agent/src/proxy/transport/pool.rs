@@ -16,7 +16,7 @@ use h2::{RecvStream, SendStream};
 
 use super::handshake::{self, Established, Tunnel};
 use super::hbone;
-use super::session::{Answer, Session, SessionError};
+use super::session::{Answer, Early, Session, SessionError};
 use super::{HBONE_PORT, connect};
 use crate::enrollment::EnrolledPod;
 use crate::identity::Certificates;
@@ -110,7 +110,13 @@ impl Pool {
     }
 
     /// Opens a connection to `destination`, an address of `peer`, over a tunnel that stands or a new one.
-    pub async fn open(&self, dialer: &Dialer<'_>, peer: &Peer, destination: SocketAddr) -> Result<Carrier, ConnError> {
+    pub async fn open(
+        &self,
+        dialer: &Dialer<'_>,
+        peer: &Peer,
+        destination: SocketAddr,
+        early: &Early<'_>,
+    ) -> Result<Carrier, ConnError> {
         let entry = self.entry(Key {
             source: dialer.pod.workload.uid.clone(),
             netns: dialer.pod.netns.cookie(),
@@ -121,10 +127,10 @@ impl Pool {
         });
         if !entry.hbone_only.get() {
             while let Some(mut lease) = entry.take_idle() {
-                // A session that ended while it was idle has carried nothing of this connection: on to the next.
-                match lease.session().open(destination).await {
+                match lease.session().open(destination, early).await {
                     Ok(answer) => return lease.answered(answer, destination),
-                    Err(SessionError::Io(_) | SessionError::Closed) => {}
+                    // It ended while it was idle and has carried nothing of this connection: on to the next.
+                    Err(SessionError::Io(_) | SessionError::Closed) if early.sent() == 0 => {}
                     Err(e) => return Err(tunnel_error(destination, e)),
                 }
             }
@@ -142,7 +148,7 @@ impl Pool {
                 match established.tunnel {
                     Tunnel::Session => {
                         let mut lease = lease.filled(Session::new(established), expires);
-                        let answer = lease.session().open(destination).await;
+                        let answer = lease.session().open(destination, early).await;
                         return lease.answered(answer.map_err(|e| tunnel_error(destination, e))?, destination);
                     }
                     Tunnel::Hbone => {

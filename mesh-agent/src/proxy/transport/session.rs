@@ -13,7 +13,7 @@ use tokio::sync::Notify;
 use super::buffers::{self, Buffer};
 use super::frame::{self, Kind, OPEN_MAX, Refusal};
 use super::handshake::Established;
-use super::io as sock;
+use super::io::{self as sock, Read};
 use super::record::{HEADER, MAX_RECORD, OVERHEAD, Opened, Opener, RecordError, Sealer, TAG};
 use crate::model::SpiffeId;
 
@@ -103,6 +103,15 @@ pub enum End {
     Broken(SessionError),
 }
 
+/// What a client's application has said before its connection stands. It goes along with OPEN, so that the server need not
+/// wait for it; it stays in the application's socket until `relay` takes it, since another session or another endpoint may
+/// have to be asked.
+#[derive(Debug)]
+pub struct Early<'a> {
+    app: &'a TcpStream,
+    sent: Cell<usize>,
+}
+
 /// A frame in the receiver's buffer.
 enum Frame {
     At { kind: Kind, start: usize, end: usize },
@@ -141,15 +150,21 @@ impl Session {
         let mut byte = [0];
         !self.broken
             && self.receiver.is_empty()
-            && matches!(sock::try_read(&self.tcp, &mut [IoSliceMut::new(&mut byte)]), Ok(None))
+            && matches!(sock::try_read(&self.tcp, &mut [IoSliceMut::new(&mut byte)]), Ok(Read::Nothing))
     }
 
-    /// Client: asks for a connection to `destination` and waits for the answer. After a refusal the session is free again.
-    pub async fn open(&mut self, destination: SocketAddr) -> Result<Answer, SessionError> {
-        let mut payload = [0; OPEN_MAX];
-        let len = frame::write_open(destination, &mut payload);
-        self.sender.send(&self.tcp, Kind::Open, &payload[..len]).await?;
-        match self.receiver.frame(&self.tcp).await?.ok_or(SessionError::Closed)? {
+    /// Client: asks for a connection to `destination` and waits for the answer. What the application has said by now goes
+    /// along (`early`). After a refusal the session is free again.
+    pub async fn open(&mut self, destination: SocketAddr, early: &Early<'_>) -> Result<Answer, SessionError> {
+        early.sent.set(0);
+        self.sender.open(&self.tcp, destination, early).await?;
+        let answer = self.receiver.frame(&self.tcp).await;
+        // The server's agent hands nothing on before it has answered, and its answer comes before its end: where the end is
+        // all that came, nothing was handed on.
+        if let Ok(None) | Err(SessionError::Closed) | Ok(Some((Kind::Refused, _))) = answer {
+            early.sent.set(0);
+        }
+        match answer?.ok_or(SessionError::Closed)? {
             (Kind::Opened, _) => Ok(Answer::Opened),
             (Kind::Refused, payload) => {
                 let code = payload.first().copied().and_then(Refusal::from_byte);
@@ -188,8 +203,16 @@ impl Session {
         self.sender.send(&self.tcp, Kind::Opened, &[]).await
     }
 
-    /// Carries `app`'s bytes both ways until both sides have ended, or `cut` is done.
-    pub async fn relay(&mut self, app: TcpStream, side: Side, counts: &Counts, cut: impl Future<Output = ()>) -> End {
+    /// Carries `app`'s bytes both ways until both sides have ended, or `cut` is done. `early`: so many of them went along
+    /// with OPEN.
+    pub async fn relay(
+        &mut self,
+        app: TcpStream,
+        side: Side,
+        early: usize,
+        counts: &Counts,
+        cut: impl Future<Output = ()>,
+    ) -> End {
         let (up, down) = match side {
             Side::Client => (&counts.sent, &counts.received),
             Side::Server => (&counts.received, &counts.sent),
@@ -198,7 +221,7 @@ impl Session {
         sock::arm(&app);
         let Self { tcp, sender, receiver, .. } = self;
         let there = async {
-            upload(&app, tcp, sender, up).await?;
+            upload(&app, tcp, sender, early, up).await?;
             we_ended.set(true);
             ended.notify_one();
             Ok(())
@@ -252,8 +275,13 @@ impl Session {
     /// Tells the peer that no more comes; for an idle session.
     pub fn close(mut self) {
         if let Ok(record) = self.sender.sealer.close_notify() {
-            let _ = sock::try_write(&self.tcp, &[IoSlice::new(&record)]);
+            let _ = sock::try_write(&self.tcp, &[IoSlice::new(&record)], false);
         }
+    }
+
+    #[cfg(test)]
+    pub fn abort(self) {
+        sock::reset(self.tcp);
     }
 
     /// Drops what still comes for a connection that our side has ended, up to the peer's own end.
@@ -271,7 +299,43 @@ impl Session {
     }
 }
 
+impl<'a> Early<'a> {
+    pub fn new(app: &'a TcpStream) -> Self {
+        Self { app, sent: Cell::new(0) }
+    }
+
+    /// How many bytes the server's application may have got.
+    pub fn sent(&self) -> usize {
+        self.sent.get()
+    }
+}
+
 impl Sender {
+    /// Sends OPEN, and right behind it what the application has said.
+    async fn open(&mut self, tcp: &TcpStream, destination: SocketAddr, early: &Early<'_>) -> Result<(), SessionError> {
+        let mut payload = [0; OPEN_MAX];
+        let len = frame::write_open(destination, &mut payload);
+        let mut buffer = Buffer::take();
+        let peeked = sock::peek(early.app, &mut buffer[SLOT + DATA_AT..SLOT + DATA_AT + SLOT_DATA]);
+        if peeked == 0 {
+            return self.send(tcp, Kind::Open, &payload[..len]).await;
+        }
+        self.rekey(tcp).await?;
+        // So that OPEN ends where the data begin.
+        let start = SLOT - OVERHEAD - 1 - len;
+        let open = &mut buffer[start..SLOT];
+        open[HEADER] = Kind::Open.byte();
+        open[DATA_AT..DATA_AT + len].copy_from_slice(&payload[..len]);
+        self.sealer.seal(open)?;
+        let data = &mut buffer[SLOT..SLOT + OVERHEAD + 1 + peeked];
+        data[HEADER] = Kind::Data.byte();
+        self.sealer.seal(data)?;
+        let end = SLOT + data.len();
+        self.write(tcp, &buffer[start..end]).await?;
+        early.sent.set(peeked);
+        Ok(())
+    }
+
     /// Sends a small frame.
     async fn send(&mut self, tcp: &TcpStream, kind: Kind, payload: &[u8]) -> Result<(), SessionError> {
         const MOST: usize = OVERHEAD + 1 + OPEN_MAX;
@@ -311,13 +375,26 @@ fn after_end(frame: Result<Option<(Kind, Vec<u8>)>, SessionError>) -> End {
 }
 
 /// Application to tunnel.
-async fn upload(app: &TcpStream, tcp: &TcpStream, sender: &mut Sender, count: &Cell<u64>) -> Result<(), End> {
+async fn upload(
+    app: &TcpStream,
+    tcp: &TcpStream,
+    sender: &mut Sender,
+    early: usize,
+    count: &Cell<u64>,
+) -> Result<(), End> {
+    // What went along with OPEN is still to be taken from the socket.
+    let mut skip = early;
+    count.set(count.get() + early as u64);
     // One slot for a start: small messages need no more, and a vector costs more than a buffer.
     let mut bulk = false;
     loop {
         sock::readable(app).await.map_err(End::LocalReset)?;
         let mut buffer = Buffer::take();
-        let read = if !bulk {
+        let read = if skip > 0 {
+            let (slot, rest) = buffer.split_at_mut(SLOT);
+            let slot = IoSliceMut::new(&mut slot[DATA_AT..DATA_AT + SLOT_DATA]);
+            sock::try_read(app, &mut [IoSliceMut::new(&mut rest[..skip]), slot])
+        } else if !bulk {
             sock::try_read(app, &mut [IoSliceMut::new(&mut buffer[DATA_AT..DATA_AT + SLOT_DATA])])
         } else {
             let mut slots =
@@ -325,11 +402,11 @@ async fn upload(app: &TcpStream, tcp: &TcpStream, sender: &mut Sender, count: &C
             let mut slots = [(); 4].map(|()| slots.next().expect("a buffer has four slots"));
             sock::try_read(app, &mut slots)
         };
-        let bytes = match read.map_err(End::LocalReset)? {
-            None => continue,
-            Some(0) => return sender.send(tcp, Kind::Fin, &[]).await.map_err(End::Broken),
-            Some(n) => n,
-        };
+        let read = read.map_err(End::LocalReset)?;
+        let Some(bytes) = read.count() else { continue };
+        let known = bytes.min(skip);
+        let bytes = bytes - known;
+        skip -= known;
         bulk = bytes >= SLOT_DATA;
         sender.rekey(tcp).await.map_err(End::Broken)?;
         let (mut rest, mut sealed) = (bytes, 0);
@@ -342,8 +419,23 @@ async fn upload(app: &TcpStream, tcp: &TcpStream, sender: &mut Sender, count: &C
             sealed += record.len();
             rest -= data;
         }
-        sender.write(tcp, &buffer[..sealed]).await.map_err(End::Broken)?;
+        let last = matches!(read, Read::Last(_) | Read::End);
+        let fin = buffer.get_mut(sealed..sealed + OVERHEAD + 1).filter(|_| last);
+        let fits = fin.is_some();
+        if let Some(record) = fin {
+            record[HEADER] = Kind::Fin.byte();
+            sender.sealer.seal(record).map_err(|e| End::Broken(e.into()))?;
+            sealed += record.len();
+        }
+        if sealed > 0 {
+            sender.write(tcp, &buffer[..sealed]).await.map_err(End::Broken)?;
+        }
         count.set(count.get() + bytes as u64);
+        match (last, fits) {
+            (false, _) => {}
+            (true, true) => return Ok(()),
+            (true, false) => return sender.send(tcp, Kind::Fin, &[]).await.map_err(End::Broken),
+        }
     }
 }
 
@@ -378,7 +470,9 @@ async fn download(tcp: &TcpStream, receiver: &mut Receiver, app: &TcpStream, cou
         if frames > 0 {
             let buffer = receiver.buffer.as_deref().expect("frames lie in the buffer");
             let mut parts = batch.map(|(start, end)| IoSlice::new(&buffer[start..end]));
-            sock::write_all_vectored(app, &mut parts[..frames]).await.map_err(End::LocalReset)?;
+            // The end, where it has come too, goes in the same segment as the last bytes.
+            let more = last == Some(Kind::Fin);
+            sock::write_all_vectored(app, &mut parts[..frames], more).await.map_err(End::LocalReset)?;
             count.set(count.get() + batch.iter().map(|(start, end)| (end - start) as u64).sum::<u64>());
         }
         match last {
@@ -460,7 +554,7 @@ impl Receiver {
                 buffer.copy_within(self.start..self.end, 0);
                 (self.start, self.end) = (0, self.end - self.start);
             }
-            match sock::try_read(tcp, &mut [IoSliceMut::new(&mut buffer[self.end..])])? {
+            match sock::try_read(tcp, &mut [IoSliceMut::new(&mut buffer[self.end..])])?.count() {
                 Some(0) => return Ok(false),
                 Some(n) => {
                     self.end += n;

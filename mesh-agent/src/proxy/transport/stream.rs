@@ -85,7 +85,7 @@ impl TlsStream {
     fn poll_drain(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         while self.sent < self.sealed {
             let buffer = self.output.as_deref().expect("sealed bytes lie in the buffer");
-            match sock::try_write(&self.tcp, &[IoSlice::new(&buffer[self.sent..self.sealed])])? {
+            match sock::try_write(&self.tcp, &[IoSlice::new(&buffer[self.sent..self.sealed])], false)? {
                 Some(n) => self.sent += n,
                 None => ready!(self.tcp.poll_write_ready(cx))?,
             }
@@ -132,7 +132,7 @@ impl AsyncRead for TlsStream {
                 buffer.copy_within(this.start..this.end, 0);
                 (this.start, this.end) = (0, this.end - this.start);
             }
-            match sock::try_read(&this.tcp, &mut [IoSliceMut::new(&mut buffer[this.end..])])? {
+            match sock::try_read(&this.tcp, &mut [IoSliceMut::new(&mut buffer[this.end..])])?.count() {
                 None => {}
                 Some(0) if this.end > 0 => return Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into())),
                 // Without close_notify: HTTP/2 has its own ends of streams, nothing can be cut short unseen.
@@ -207,7 +207,7 @@ impl AsyncWrite for TlsStream {
         let this = self.get_mut();
         ready!(this.poll_drain(cx))?;
         if let Ok(record) = this.sealer.close_notify() {
-            let _ = sock::try_write(&this.tcp, &[IoSlice::new(&record)]);
+            let _ = sock::try_write(&this.tcp, &[IoSlice::new(&record)], false);
         }
         Poll::Ready(sock::finish(&this.tcp))
     }

@@ -12,7 +12,7 @@ use tokio::task::LocalSet;
 use super::frame::Refusal;
 use super::handshake::{self, Established, HandshakeError, Tunnel};
 use super::hbone;
-use super::session::{Answer, Counts, End, Session, Side};
+use super::session::{Answer, Counts, Early, End, Session, Side};
 use crate::identity::{Ca, CaOptions, CertificateOptions, Certificates, Clock};
 use crate::model::{SpiffeId, TrustDomain};
 
@@ -90,7 +90,7 @@ fn serve(mut session: Session, apps: tokio::sync::mpsc::UnboundedSender<TcpStrea
             let (agent, app) = pair().await;
             apps.send(app).unwrap();
             session.opened().await.unwrap();
-            session.relay(agent, Side::Server, &Counts::default(), forever()).await;
+            session.relay(agent, Side::Server, 0, &Counts::default(), forever()).await;
             ends.set(ends.get() + 1);
             if session.is_broken() {
                 return;
@@ -103,6 +103,12 @@ fn target(text: &str) -> SocketAddr {
     text.parse().unwrap()
 }
 
+/// Opens for an application that has said nothing yet.
+async fn open(session: &mut Session, to: &str) -> Answer {
+    let (_app, agent) = pair().await;
+    session.open(target(to), &Early::new(&agent)).await.unwrap()
+}
+
 #[test]
 fn a_session_carries_one_connection_after_the_other() {
     on_worker(async {
@@ -111,7 +117,7 @@ fn a_session_carries_one_connection_after_the_other() {
         serve(Session::new(far), apps, Rc::default());
         let mut session = Session::new(near);
         for round in 0u8..5 {
-            assert_eq!(session.open(target(TARGET)).await.unwrap(), Answer::Opened);
+            assert_eq!(open(&mut session, TARGET).await, Answer::Opened);
             let (mut client, agent) = pair().await;
             let mut server = served.recv().await.unwrap();
             let counts = Counts::default();
@@ -140,7 +146,7 @@ fn a_session_carries_one_connection_after_the_other() {
                 assert!(there == bytes, "the client's bytes came changed");
                 assert!(back == bytes[..100_000], "the server's bytes came changed");
             };
-            let (end, ()) = tokio::join!(session.relay(agent, Side::Client, &counts, forever()), talk);
+            let (end, ()) = tokio::join!(session.relay(agent, Side::Client, 0, &counts, forever()), talk);
             assert!(matches!(end, End::Finished), "{end:?}");
             assert_eq!((counts.sent.get(), counts.received.get()), (3_000_000, 100_000));
             assert!(!session.is_broken());
@@ -156,9 +162,102 @@ fn a_refusal_leaves_the_session_free() {
         let (apps, mut served) = tokio::sync::mpsc::unbounded_channel();
         serve(Session::new(far), apps, Rc::default());
         let mut session = Session::new(near);
-        assert_eq!(session.open(target("10.1.2.3:1")).await.unwrap(), Answer::Refused(Refusal::Denied));
-        assert_eq!(session.open(target(TARGET)).await.unwrap(), Answer::Opened);
+        assert_eq!(open(&mut session, "10.1.2.3:1").await, Answer::Refused(Refusal::Denied));
+        assert_eq!(open(&mut session, TARGET).await, Answer::Opened);
         served.recv().await.unwrap();
+    });
+}
+
+#[test]
+fn early_bytes_arrive_once_though_asked_twice() {
+    on_worker(async {
+        let (near, far) = Pki::new().await.tunnel(Tunnel::Session).await;
+        let (apps, mut served) = tokio::sync::mpsc::unbounded_channel();
+        serve(Session::new(far), apps, Rc::default());
+        let mut session = Session::new(near);
+        for ended in [false, true] {
+            let (mut client, agent) = pair().await;
+            client.write_all(b"early, ").await.unwrap();
+            if ended {
+                client.shutdown().await.unwrap();
+            }
+            agent.readable().await.unwrap();
+            let early = Early::new(&agent);
+            assert_eq!(session.open(target("10.1.2.3:1"), &early).await.unwrap(), Answer::Refused(Refusal::Denied));
+            assert_eq!(early.sent(), 0, "nobody has got them");
+            assert_eq!(session.open(target(TARGET), &early).await.unwrap(), Answer::Opened);
+            let sent = early.sent();
+            assert_eq!(sent, 7);
+            let mut server = served.recv().await.unwrap();
+            let counts = Counts::default();
+            let (end, ()) = tokio::join!(session.relay(agent, Side::Client, sent, &counts, forever()), async {
+                if !ended {
+                    // They are there before anything else is said.
+                    let mut first = [0; 7];
+                    server.read_exact(&mut first).await.unwrap();
+                    assert_eq!(&first, b"early, ");
+                    client.write_all(b"late").await.unwrap();
+                    client.shutdown().await.unwrap();
+                }
+                let mut rest = Vec::new();
+                server.read_to_end(&mut rest).await.unwrap();
+                assert_eq!(rest, if ended { &b"early, "[..] } else { b"late" });
+                server.shutdown().await.unwrap();
+                assert_eq!(client.read(&mut [0; 1]).await.unwrap(), 0);
+            });
+            assert!(matches!(end, End::Finished), "{end:?}");
+            assert_eq!(counts.sent.get(), if ended { 7 } else { 11 });
+        }
+    });
+}
+
+#[test]
+fn early_bytes_are_asked_again_only_where_nobody_got_them() {
+    for reset in [false, true] {
+        on_worker(async {
+            let (near, far) = Pki::new().await.tunnel(Tunnel::Session).await;
+            let mut session = Session::new(near);
+            let (mut client, agent) = pair().await;
+            client.write_all(b"pay once").await.unwrap();
+            agent.readable().await.unwrap();
+            let early = Early::new(&agent);
+            let mut server = Session::new(far);
+            let (opened, ()) = tokio::join!(session.open(target(TARGET), &early), async {
+                server.accept().await.unwrap();
+                // An orderly end says that it has not been answered. A reset says nothing: the answer may be lost.
+                if reset { server.abort() } else { server.close() }
+            });
+            assert!(opened.is_err());
+            assert_eq!(early.sent(), if reset { 8 } else { 0 });
+        });
+    }
+}
+
+#[test]
+fn a_read_knows_the_end_behind_the_last_bytes() {
+    on_worker(async {
+        let (mut writer, reader) = pair().await;
+        writer.write_all(b"all").await.unwrap();
+        writer.shutdown().await.unwrap();
+        let ended = tokio::io::Interest::READABLE;
+        while !reader.ready(ended).await.unwrap().is_read_closed() {
+            tokio::task::yield_now().await;
+        }
+        let mut bytes = [0; 8];
+        let read = super::io::try_read(&reader, &mut [std::io::IoSliceMut::new(&mut bytes)]);
+        assert_eq!(read.unwrap(), super::io::Read::Last(3));
+        // A full buffer says nothing of what is behind it; and bytes before a reset are not the last ones.
+        for reset in [false, true] {
+            let (mut writer, reader) = pair().await;
+            writer.write_all(b"four").await.unwrap();
+            if reset {
+                super::io::reset(writer);
+            }
+            reader.readable().await.unwrap();
+            let mut bytes = [0; 4];
+            let read = super::io::try_read(&reader, &mut [std::io::IoSliceMut::new(&mut bytes)]);
+            assert!(!matches!(read, Ok(super::io::Read::Last(_) | super::io::Read::End)), "{read:?}");
+        }
     });
 }
 
@@ -171,12 +270,12 @@ fn a_reset_comes_through_and_the_session_lives() {
             let ends = Rc::new(Cell::new(0));
             serve(Session::new(far), apps, ends.clone());
             let mut session = Session::new(near);
-            session.open(target(TARGET)).await.unwrap();
+            open(&mut session, TARGET).await;
             let (client, agent) = pair().await;
             let server = served.recv().await.unwrap();
             let (breaks, mut sees) = if from_client { (client, server) } else { (server, client) };
             let counts = Counts::default();
-            let (end, ()) = tokio::join!(session.relay(agent, Side::Client, &counts, forever()), async {
+            let (end, ()) = tokio::join!(session.relay(agent, Side::Client, 0, &counts, forever()), async {
                 super::io::reset(breaks);
                 let error = sees.read(&mut [0; 10]).await.unwrap_err();
                 assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
@@ -186,7 +285,7 @@ fn a_reset_comes_through_and_the_session_lives() {
                 false => assert!(matches!(end, End::PeerReset), "{end:?}"),
             }
             assert!(!session.is_broken());
-            assert_eq!(session.open(target(TARGET)).await.unwrap(), Answer::Opened);
+            assert_eq!(open(&mut session, TARGET).await, Answer::Opened);
             served.recv().await.unwrap();
         });
     }
@@ -199,13 +298,13 @@ fn a_cut_resets_both_ends() {
         let (apps, mut served) = tokio::sync::mpsc::unbounded_channel();
         serve(Session::new(far), apps, Rc::default());
         let mut session = Session::new(near);
-        session.open(target(TARGET)).await.unwrap();
+        open(&mut session, TARGET).await;
         let (mut client, agent) = pair().await;
         let mut server = served.recv().await.unwrap();
         let (cut, asked) = tokio::sync::oneshot::channel::<()>();
         let counts = Counts::default();
         let stop = async { drop(asked.await) };
-        let (end, ()) = tokio::join!(session.relay(agent, Side::Client, &counts, stop), async {
+        let (end, ()) = tokio::join!(session.relay(agent, Side::Client, 0, &counts, stop), async {
             client.write_all(b"hello").await.unwrap();
             server.read_exact(&mut [0; 5]).await.unwrap();
             cut.send(()).unwrap();

@@ -14,7 +14,7 @@ use tokio::net::TcpStream;
 pub use client::{Connection, Place, open};
 pub use server::{Incoming, read_authority, serve};
 
-use super::io as sock;
+use super::io::{self as sock, Read};
 use super::session::{Counts, Side};
 
 /// What one stream may have under way. Small against the connection's window, so that streams whose readers are slow
@@ -96,11 +96,15 @@ async fn upload(app: &TcpStream, send: &mut SendStream<Bytes>, count: &Cell<u64>
         .await?;
         buffer.resize(room.min(super::buffers::SIZE), 0);
         match sock::try_read(app, &mut [IoSliceMut::new(&mut buffer)]).map_err(End::LocalReset)? {
-            None => {}
-            Some(0) => return send.send_data(Bytes::new(), true).map_err(broken),
-            Some(n) => {
+            Read::Nothing => {}
+            Read::End => return send.send_data(Bytes::new(), true).map_err(broken),
+            Read::Bytes(n) => {
                 send.send_data(buffer.split_to(n).freeze(), false).map_err(broken)?;
                 count.set(count.get() + n as u64);
+            }
+            Read::Last(n) => {
+                count.set(count.get() + n as u64);
+                return send.send_data(buffer.split_to(n).freeze(), true).map_err(broken);
             }
         }
     }
