@@ -151,6 +151,11 @@ pub async fn write_all_vectored(socket: &TcpStream, mut parts: &mut [IoSlice<'_>
     Ok(())
 }
 
+/// How many bytes go into a segment; 0 where the kernel does not say.
+pub fn mss(socket: &TcpStream) -> usize {
+    socket2::SockRef::from(socket).tcp_mss().map_or(0, |mss| mss as usize)
+}
+
 /// Ends our side of a connection; the peer reads an end of stream after the bytes that were written.
 pub fn finish(socket: &TcpStream) -> io::Result<()> {
     match rustix::net::shutdown(socket, rustix::net::Shutdown::Write) {

@@ -41,6 +41,8 @@ struct Sender {
     sealer: Sealer,
     /// A record is being written. Where the writer is dropped then, half of it is out, and nothing may follow.
     midway: bool,
+    /// So many application bytes at a time, where there are many.
+    burst: usize,
 }
 
 struct Receiver {
@@ -121,6 +123,7 @@ enum Frame {
 impl Session {
     pub fn new(established: Established) -> Self {
         let Established { tcp, sealer, opener, peer, tunnel: _, sealed, opened } = established;
+        let burst = burst(sock::mss(&tcp));
         let mut receiver = Receiver { opener, early: opened, buffer: None, start: 0, end: 0 };
         if !sealed.is_empty() {
             let mut buffer = Buffer::take();
@@ -129,7 +132,7 @@ impl Session {
             receiver.end = sealed.len();
             receiver.buffer = Some(buffer);
         }
-        Self { tcp, peer, sender: Sender { sealer, midway: false }, receiver, broken: false }
+        Self { tcp, peer, sender: Sender { sealer, midway: false, burst }, receiver, broken: false }
     }
 
     pub fn peer(&self) -> &SpiffeId {
@@ -364,6 +367,16 @@ impl Sender {
     }
 }
 
+/// How many application bytes, sealed, fill what the kernel hands to the network at a time: at most 64 KiB, less headers,
+/// of whole segments. A few more would go in a packet of their own, and cost as much.
+fn burst(mss: usize) -> usize {
+    /// GSO_MAX_SIZE less MAX_TCP_HEADER + 1.
+    const MOST: usize = 65_215;
+    const OVERHEADS: usize = 4 * (OVERHEAD + 1);
+    let whole = MOST.checked_div(mss).unwrap_or(0) * mss;
+    if whole > 3 * SLOT + OVERHEAD + 1 { (whole - OVERHEADS).min(4 * SLOT_DATA) } else { 4 * SLOT_DATA }
+}
+
 /// What a frame means that comes after the peer's own end.
 fn after_end(frame: Result<Option<(Kind, Vec<u8>)>, SessionError>) -> End {
     match frame {
@@ -397,8 +410,11 @@ async fn upload(
         } else if !bulk {
             sock::try_read(app, &mut [IoSliceMut::new(&mut buffer[DATA_AT..DATA_AT + SLOT_DATA])])
         } else {
-            let mut slots =
-                buffer.chunks_exact_mut(SLOT).map(|s| IoSliceMut::new(&mut s[DATA_AT..DATA_AT + SLOT_DATA]));
+            let sizes = [SLOT_DATA, SLOT_DATA, SLOT_DATA, sender.burst - 3 * SLOT_DATA];
+            let mut slots = buffer
+                .chunks_exact_mut(SLOT)
+                .zip(sizes)
+                .map(|(slot, size)| IoSliceMut::new(&mut slot[DATA_AT..DATA_AT + size]));
             let mut slots = [(); 4].map(|()| slots.next().expect("a buffer has four slots"));
             sock::try_read(app, &mut slots)
         };
