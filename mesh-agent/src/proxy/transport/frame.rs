@@ -1,8 +1,8 @@
 //! The session tunnel's frames. One TLS record is one frame: a byte that says what it is, then its content. Nothing
 //! needs a length, nothing is put together from parts, and a record is written to the application where it was opened.
 //!
-//! A session carries one connection at a time. The client sends OPEN; the server answers OPENED or REFUSED; then both
-//! send DATA. Each side's part ends with FIN (orderly), RESET (not), or, the server's, REFUSED. When both have ended, the
+//! A session carries one connection at a time. The client sends OPEN, and may send DATA right behind it; the server answers
+//! OPENED or REFUSED, and hands no DATA on before it has; then both send DATA. Each side's part ends with FIN (orderly), RESET (not), or, the server's, REFUSED. When both have ended, the
 //! session is free for the next OPEN. A side that has ended may still get DATA that was on its way, and drops it.
 
 use std::net::{IpAddr, SocketAddr};
