@@ -11,7 +11,7 @@ use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde::{Deserialize, Serialize};
 
-use super::files::{self, FileError};
+use crate::lifecycle::files::{self, FileError};
 
 const VERSION: &str = "nm1";
 const SECRET: &str = "join-token.key";
