@@ -194,6 +194,12 @@ pub fn join_token(config: config::Controller, node: &str, ttl: Duration) -> anyh
     Ok(tokens.issue(node, roots.fingerprints(), SystemTime::now() + ttl)?)
 }
 
+/// `mesh-agent controller revoke-token`: what was done, a sentence.
+pub fn revoke_token(config: &config::Controller, token_or_id: &str) -> anyhow::Result<String> {
+    let id = JoinTokens::existing(&config.state_dir)?.revoke(token_or_id)?;
+    Ok(format!("join token {id} is revoked; certificates that were signed with it are good until they expire"))
+}
+
 /// `mesh-agent controller rotate-root`: what was done, a sentence.
 pub fn rotate_root(config: config::Controller) -> anyhow::Result<String> {
     match Ca::open(ca_options(&config)) {

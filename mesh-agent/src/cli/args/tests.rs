@@ -266,6 +266,13 @@ fn the_controller_and_its_commands() {
         panic!("no token")
     };
     assert_eq!((controller.state_dir, node.as_str(), ttl), (PathBuf::from("/x"), "a", Duration::from_secs(600)));
+    let Wish::RevokeToken { controller, token } =
+        wish("controller revoke-token 0123456789abcdef --state-dir /x --config-dir /nowhere", &[]).unwrap()
+    else {
+        panic!("no revocation")
+    };
+    assert_eq!((controller.state_dir, token.as_str()), (PathBuf::from("/x"), "0123456789abcdef"));
+    refused("controller revoke-token", &[], "<TOKEN> is missing; see `mesh-agent controller --help`");
     assert!(matches!(wish("controller rotate-root --config-dir /nowhere", &[]).unwrap(), Wish::RotateRoot(_)));
 
     refused(
