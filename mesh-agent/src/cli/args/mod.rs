@@ -55,12 +55,9 @@ pub(super) fn command() -> Command {
         .arg(Arg::new("ttl").long("ttl").value_name("TIME").default_value(DEFAULT_TTL).hide_default_value(true).help(
             "How long it can be used [default: 365d]. It is shown at every renewal: it must live as long as the node",
         ));
-    let revoke = Command::new("revoke-token").about("Refuse a join token from now on").arg(
-        Arg::new("token")
-            .value_name("TOKEN")
-            .required(true)
-            .help("The token, or the id by which errors and the controller's log name it"),
-    );
+    let revoke = Command::new("revoke-token")
+        .about("Refuse a join token from now on")
+        .arg(Arg::new("token").value_name("TOKEN").required(true).help("The token, or its id, as errors name it"));
     let rotate = Command::new("rotate-root").about("Change to a new root; both are trusted during the change");
     let controller = Command::new("controller")
         .about("Sign the certificates of the nodes")
