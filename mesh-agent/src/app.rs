@@ -57,7 +57,11 @@ async fn node(config: config::Node, log: logging::LogLevel) -> anyhow::Result<()
     let starting = readiness.block("the programs in the kernel and the pods of this node");
     tokio::spawn(serve_readiness(readiness_listener, readiness.clone()));
 
-    let sources = discovery::start(discovery::Options::new(&config.config_dir, settings(&config)))?;
+    let last_good = Some(config.state_dir.join("last-good-node.json"));
+    let sources = discovery::start(discovery::Options {
+        last_good,
+        ..discovery::Options::new(&config.config_dir, settings(&config))
+    })?;
     let certificates = certificates(&config)?;
     let access_log = config.access_log.map_or_else(AccessLog::off, AccessLog::new);
     let telemetry = Arc::new(Telemetry::new(access_log));
@@ -161,7 +165,11 @@ pub fn run_controller(config: config::Controller) -> anyhow::Result<()> {
         let tokens = Arc::new(JoinTokens::open(&config.state_dir)?);
         let mut settings = Settings::new(config.trust_domain.clone());
         settings.istio_labels = config.istio_labels;
-        let sources = discovery::start(discovery::Options::new(&config.config_dir, settings))?;
+        let last_good = Some(config.state_dir.join("last-good-controller.json"));
+        let sources = discovery::start(discovery::Options {
+            last_good,
+            ..discovery::Options::new(&config.config_dir, settings)
+        })?;
         tokio::spawn(log_problems(sources.clone()));
         let listener = identity::bind(config.listen).await?;
         let snapshot = sources.snapshot.clone();
@@ -184,6 +192,12 @@ pub fn join_token(config: config::Controller, node: &str, ttl: Duration) -> anyh
     let tokens = JoinTokens::open(&config.state_dir)?;
     let roots = trusted_roots(&ca_options(&config))?;
     Ok(tokens.issue(node, roots.fingerprints(), SystemTime::now() + ttl)?)
+}
+
+/// `mesh-agent controller revoke-token`: what was done, a sentence.
+pub fn revoke_token(config: &config::Controller, token_or_id: &str) -> anyhow::Result<String> {
+    let id = JoinTokens::existing(&config.state_dir)?.revoke(token_or_id)?;
+    Ok(format!("join token {id} is revoked; certificates that were signed with it are good until they expire"))
 }
 
 /// `mesh-agent controller rotate-root`: what was done, a sentence.

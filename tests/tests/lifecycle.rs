@@ -45,6 +45,7 @@ const CASES: &[Case<Lifecycle>] = &[
     ("case_37_a_full_map_denies_and_counts", case_37_a_full_map_denies_and_counts),
     ("case_44_older_connections_go_on_and_pods_leave_live", case_44_enrol_and_unenrol_live),
     ("a_pod_label_goes_before_its_namespaces", a_pod_label_goes_before_its_namespaces),
+    ("a_pod_whose_lo_is_down_is_told_what_to_do", a_pod_whose_lo_is_down_is_told_what_to_do),
     ("sigterm_drains", sigterm_drains),
     ("cleanup_leaves_nothing", cleanup_leaves_nothing),
 ];
@@ -209,6 +210,20 @@ fn a_pod_label_goes_before_its_namespaces(l: &Lifecycle) {
     throughout(Duration::from_millis(300), "it stays out", || !l.world.agent("n1").is_enrolled(&out));
     mesh.delete(out);
     mesh.delete(joined);
+}
+
+fn a_pod_whose_lo_is_down_is_told_what_to_do(l: &Lifecycle) {
+    let pod = l.world.mesh().pod("n1", "outside/bare");
+    pod.output("ip", &["link", "set", "lo", "down"]).success();
+    l.world.mesh().manifests().pod_with(&pod, true, &[("nodemesh.io/mode", "enabled")]);
+    let told = || {
+        let workloads = l.world.agent("n1").meshctl_json(&["workloads"]).to_string();
+        workloads.contains("its `lo` is down; bring it up: ")
+    };
+    eventually(PATIENCE, "the error says what to do", told);
+    pod.output("ip", &["link", "set", "lo", "up"]).success();
+    l.world.wait_enrolled(&[&pod]);
+    l.world.mesh().delete(pod);
 }
 
 fn sigterm_drains(l: &Lifecycle) {

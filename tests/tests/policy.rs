@@ -63,6 +63,7 @@ const CASES: &[Case<Policy>] = &[
     ("audit_lets_pass", audit_lets_pass),
     ("a_rule_with_l7_fields_closes", a_rule_with_l7_fields_closes),
     ("a_broken_policy_keeps_the_last_good_one", a_broken_policy_keeps_the_last_good_one),
+    ("what_is_broken_at_a_restart_keeps_its_last_good_state", what_is_broken_at_a_restart_keeps_its_last_good_state),
     ("case_32_a_change_cuts_what_it_forbids_and_only_that", case_32_a_change_cuts_what_it_forbids_and_only_that),
     ("case_33_kubelet_may_probe_under_strict_and_nobody_else", case_33_kubelet_may_probe_under_strict),
     ("case_38_no_verdict_is_torn_in_a_storm_of_updates", case_38_storm_of_updates),
@@ -239,6 +240,31 @@ fn a_rule_with_l7_fields_closes(p: &Policy) {
     let deny = "  action: DENY\n  rules:\n  - to:\n    - operation:\n        methods: [DELETE]\n";
     let _deny = p.authorization("deny-method", deny);
     p.becomes(&p.alice, &p.server, WEB, false);
+}
+
+fn what_is_broken_at_a_restart_keeps_its_last_good_state(p: &Policy) {
+    let manifests = p.world.mesh().manifests();
+    let deny = "  action: DENY\n  rules:\n  - from:\n    - source:\n        serviceAccounts: [friends/bob]\n";
+    let applied = p.authorization("restarted", deny);
+    p.becomes(&p.bob, &p.server, WEB, false);
+    // Both break while nobody looks: the policy as an object, the namespace with its label as a whole file.
+    p.world.agent("n2").kill();
+    manifests.apply("restarted", &authorization("restarted", "  action: DENNY\n  rules: [{}]\n"));
+    manifests.apply("namespace-shop", "kind: [\n");
+    p.world.agent("n2").restart();
+    let problems = p.world.agent("n2").meshctl_json(&["problems"]).to_string();
+    for told in ["the last good version stays in force", "namespace-shop.yaml", "the last good state of the file stays"]
+    {
+        assert!(problems.contains(told), "{told}: {problems}");
+    }
+    for pod in [&p.server, &p.neighbour] {
+        assert!(p.world.agent("n2").is_enrolled(pod), "the namespace is still in the mesh");
+    }
+    // The client's agent has to find that its tunnels are dead.
+    p.becomes(&p.alice, &p.server, WEB, true);
+    p.becomes(&p.bob, &p.server, WEB, false);
+    manifests.label("shop", MeshMode::Enabled);
+    drop(applied);
 }
 
 fn a_broken_policy_keeps_the_last_good_one(p: &Policy) {

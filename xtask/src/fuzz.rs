@@ -12,6 +12,7 @@ use crate::run::{cargo, root, step};
 const FLAGS: &str = "--cfg fuzzing -Cdebug-assertions -Ccodegen-units=1 -Cpasses=sancov-module \
     -Cllvm-args=-sanitizer-coverage-level=4 -Cllvm-args=-sanitizer-coverage-inline-8bit-counters \
     -Cllvm-args=-sanitizer-coverage-pc-table";
+
 /// Runs each target of tests/fuzz for `each`; one that finds something fails the run and leaves the input behind.
 pub fn run(each: Duration) -> Result<()> {
     let folder = root().join("tests/fuzz");

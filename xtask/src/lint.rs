@@ -77,7 +77,7 @@ fn house_rules() -> Result<()> {
         eprintln!("{rule}");
     }
     if !broken.is_empty() {
-        bail!("{} places break the house rules (xtask/src/tidy.rs has them)", broken.len());
+        bail!("{} places break the house rules (xtask/src/tidy has them)", broken.len());
     }
     Ok(())
 }

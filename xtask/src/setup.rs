@@ -1,5 +1,6 @@
 //! `cargo xtask setup`: installs what is missing, says what it does, and where it can't, says the one thing to do by hand.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -10,28 +11,48 @@ use crate::run::{has, is_root, step};
 /// Programs that tests, demo and benchmarks run, with Debian's package for each.
 const PROGRAMS: &[(&str, &str)] = &[
     ("ab", "apache2-utils"),
+    ("bash", "bash"),
+    ("bpftool", "bpftool"),
     ("cc", "gcc"),
+    ("chrt", "util-linux"),
     ("curl", "curl"),
+    ("git", "git"),
     ("ip", "iproute2"),
     ("iperf3", "iperf3"),
     ("iptables", "iptables"),
     ("make", "make"),
     ("mariadb", "mariadb-client"),
     ("mariadbd", "mariadb-server"),
+    ("mariadb-install-db", "mariadb-server"),
     ("nft", "nftables"),
     ("nginx", "nginx-light"),
+    ("nsenter", "util-linux"),
+    ("openssl", "openssl"),
+    // The benchmark installs Envoy from PyPI.
+    ("pip3", "python3-pip"),
+    ("python3", "python3"),
     ("redis-cli", "redis-tools"),
     ("redis-server", "redis-server"),
+    ("setpriv", "util-linux"),
+    ("sh", "dash"),
     ("socat", "socat"),
+    ("ss", "iproute2"),
     ("tcpdump", "tcpdump"),
+    ("timeout", "coreutils"),
+    ("umount", "mount"),
     ("wrk", "wrk"),
 ];
 
 /// Debian's compiler, which has the source of `core` beside it as a package.
+/// Where Ubuntu's packages are called otherwise than Debian's.
+const OF_UBUNTU: &[(&str, &str)] = &[("bpftool", "linux-tools-generic")];
+
 const DEBIAN_RUSTC: &str = "/usr/bin/rustc";
 
 pub fn run() -> Result<()> {
     install_packages(&missing_packages())?;
+    // A package may be there without what it was installed for.
+    check()?;
     let compiler = kernel_compiler()?;
     println!("the kernel programs will be built by {} (LLVM {})", compiler.name, compiler.llvm);
     bpf_linker(&compiler)?;
@@ -56,16 +77,15 @@ pub fn run_for_demo() -> Result<()> {
 pub fn check() -> Result<()> {
     let missing = missing_packages();
     if !missing.is_empty() {
-        bail!("{} missing: run `cargo xtask setup`", missing.join(", "));
+        bail!("programs of {} are missing: run `cargo xtask setup`, or put them on PATH by hand", missing.join(", "));
     }
     Ok(())
 }
 
 fn missing_packages() -> Vec<&'static str> {
-    let mut missing: Vec<&str> =
-        PROGRAMS.iter().filter(|(program, _)| !has(program)).map(|(_, package)| *package).collect();
-    missing.dedup();
-    missing
+    let missing = PROGRAMS.iter().filter(|(program, _)| !has(program)).map(|(_, package)| *package);
+    let missing: BTreeSet<&str> = missing.collect();
+    missing.into_iter().collect()
 }
 
 fn install_packages(packages: &[&str]) -> Result<()> {
@@ -73,6 +93,8 @@ fn install_packages(packages: &[&str]) -> Result<()> {
         println!("system packages: all there");
         return Ok(());
     }
+    let os = std::fs::read_to_string("/etc/os-release").unwrap_or_default();
+    let packages: Vec<&str> = packages.iter().map(|package| name_here(package, &os)).collect();
     let list = packages.join(" ");
     if !has("apt-get") {
         bail!("this is no Debian: install these packages, or what they are called here, by hand: {list}");
@@ -87,8 +109,16 @@ fn install_packages(packages: &[&str]) -> Result<()> {
         command
     };
     step("apt-get update", apt(&["update", "--quiet"]))?;
-    let args = [&["install", "--yes", "--quiet", "--no-install-recommends"], packages].concat();
+    let args = [&["install", "--yes", "--quiet", "--no-install-recommends"], packages.as_slice()].concat();
     step(&format!("apt-get install {list}"), apt(&args))
+        .with_context(|| format!("install these packages, or what provides them here, by hand: {list}"))
+}
+
+/// What the distribution of this os-release calls a package of Debian.
+fn name_here<'a>(package: &'a str, os_release: &str) -> &'a str {
+    let ubuntu = os_release.lines().any(|line| line == "ID=ubuntu");
+    let other = OF_UBUNTU.iter().find(|(debian, _)| ubuntu && *debian == package);
+    other.map_or(package, |(_, here)| here)
 }
 
 /// What builds the kernel programs; the same order of preference as mesh-ebpf/toolchain.rs.
@@ -183,6 +213,42 @@ pub fn has_cargo_deny() -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_program_that_the_sources_call_has_a_package() {
+        // Those that Rust brings, that are asked for only if they are there, or that only the demo's text speaks of.
+        const OTHERS: &[&str] = &["apt-get", "bpf-linker", "cargo", "kubectl", "rustc", "rustup"];
+        const CALLS: &[&str] = &["Command::new(\"", ".command(\"", ".start(\"", ".output(\"", " run(&format!(\""];
+        fn sources(folder: &Path, found: &mut Vec<String>) {
+            for path in std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()) {
+                if path.is_dir() && path.file_name().is_some_and(|name| name != "target") {
+                    sources(&path, found);
+                } else if path.extension().is_some_and(|e| e == "rs") && !path.ends_with("setup.rs") {
+                    found.push(std::fs::read_to_string(path).unwrap());
+                }
+            }
+        }
+        let mut texts = Vec::new();
+        for folder in ["xtask/src", "tests", "mesh-ebpf"] {
+            sources(&crate::run::root().join(folder), &mut texts);
+        }
+        let mut called = BTreeSet::new();
+        for (text, call) in texts.iter().flat_map(|text| CALLS.iter().map(move |call| (text, call))) {
+            let programs = text.split(call).skip(1).filter_map(|rest| rest.split(['"', ' ']).next());
+            called.extend(programs.filter(|program| !program.is_empty()));
+        }
+        assert!(called.contains("ip") && called.contains("setpriv"), "{called:?}");
+        let known = |program: &str| OTHERS.contains(&program) || PROGRAMS.iter().any(|(of, _)| *of == program);
+        let unknown: Vec<_> = called.into_iter().filter(|program| !known(program)).collect();
+        assert!(unknown.is_empty(), "PROGRAMS needs a package for {unknown:?}");
+    }
+
+    #[test]
+    fn ubuntu_calls_some_packages_otherwise() {
+        assert_eq!(name_here("bpftool", "NAME=x\nID=ubuntu\n"), "linux-tools-generic");
+        assert_eq!(name_here("bpftool", "ID=debian\n"), "bpftool");
+        assert_eq!(name_here("curl", "ID=ubuntu\n"), "curl");
+    }
 
     #[test]
     fn reads_the_llvm_of_a_compiler() {

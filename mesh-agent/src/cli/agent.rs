@@ -17,6 +17,9 @@ pub(super) fn run(args: impl IntoIterator<Item = OsString>) -> anyhow::Result<()
         Wish::Token { controller, node, ttl } => {
             Ok(writeln!(std::io::stdout(), "{}", app::join_token(controller, &node, ttl)?)?)
         }
+        Wish::RevokeToken { controller, token } => {
+            Ok(writeln!(std::io::stdout(), "{}", app::revoke_token(&controller, &token)?)?)
+        }
         Wish::RotateRoot(config) => Ok(writeln!(std::io::stdout(), "{}", app::rotate_root(config)?)?),
     }
 }

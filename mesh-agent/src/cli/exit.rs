@@ -8,7 +8,7 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use crate::admin::AdminError;
 use crate::config::ConfigError;
 use crate::discovery::DiscoveryError;
-use crate::identity::CaError;
+use crate::identity::{CaError, TokenError};
 use crate::redirect::RedirectError;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -88,6 +88,10 @@ fn of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<Exit> {
             // What is below them may know more.
             _ => None,
         };
+    }
+    if let Some(TokenError::Id(_) | TokenError::NoSecret(_) | TokenError::Foreign) = cause.downcast_ref::<TokenError>()
+    {
+        return Some(Exit::Usage);
     }
     match cause.downcast_ref::<DiscoveryError>() {
         Some(DiscoveryError::Missing(_) | DiscoveryError::NoDirectory(_)) => return Some(Exit::Usage),

@@ -183,7 +183,7 @@ impl Controller {
         Self::check_for_tools(written)
     }
 
-    /// For `token` and `rotate-root`, which read no manifests: those need not be there.
+    /// For `token`, `revoke-token` and `rotate-root`, which read no manifests: those need not be there.
     pub fn check_for_tools(written: &Written) -> Result<Self, ConfigError> {
         let w = Reader(written);
         Ok(Self {

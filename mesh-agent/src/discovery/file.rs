@@ -69,7 +69,10 @@ impl Stamp {
 
 /// All objects of the directory, and what is wrong with its files.
 pub(super) struct Scan {
+    /// Those that stood in its files when these could last be read.
     pub objects: Vec<Object>,
+    /// Those that close in place of files that could never be read.
+    pub stand_ins: Vec<Object>,
     pub problems: Vec<Problem>,
 }
 
@@ -94,6 +97,17 @@ impl Directory {
         }
         std::fs::read_dir(path).map_err(unreadable)?;
         Ok(Self { path: path.into(), root_namespace: root_namespace.clone(), files: BTreeMap::new() })
+    }
+
+    /// What stood in the files when another process could last read them. A file is read anew in any case; this counts
+    /// where it is there and cannot be read.
+    pub fn remember(&mut self, objects: Vec<Object>) {
+        for object in objects {
+            // `path:line`
+            let at = &object.reference().file;
+            let path = at.rsplit_once(':').map_or(at.as_str(), |(path, _)| path).into();
+            self.files.entry(path).or_insert_with(|| File { hasty: true, ..File::default() }).objects.push(object);
+        }
     }
 
     /// Looks at all files, reads those that changed.
@@ -126,8 +140,9 @@ impl Directory {
             problems.push(of_file(self.path.display().to_string(), Severity::Warning, message));
         }
         problems.extend(self.files.values().filter_map(|f| f.problem.clone()));
-        let objects = self.files.values().flat_map(|f| f.objects.iter().chain(&f.stand_ins).cloned()).collect();
-        Scan { objects, problems }
+        let objects = self.files.values().flat_map(|f| f.objects.iter().cloned()).collect();
+        let stand_ins = self.files.values().flat_map(|f| f.stand_ins.iter().cloned()).collect();
+        Scan { objects, stand_ins, problems }
     }
 
     /// Reads a file that is new or changed. What cannot be read keeps the objects of `known`.

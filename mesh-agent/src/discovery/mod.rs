@@ -2,9 +2,10 @@
 //! second source). Goes out: the `Snapshot` in force, swapped as one, a mark that it changed, and the list of Problems.
 //!
 //! `file` knows about directories and nothing about their meaning, `store` about what was last good and nothing about
-//! files.
+//! files. `last_good` is what both knew when the process before ended.
 
 mod file;
+mod last_good;
 mod store;
 
 use std::path::{Path, PathBuf};
@@ -16,7 +17,8 @@ use tokio::sync::watch;
 
 use crate::model::{Problem, Snapshot};
 use crate::translate::Settings;
-use file::Directory;
+use file::{Directory, Scan};
+use last_good::LastGood;
 use store::Store;
 
 #[derive(Debug, Clone)]
@@ -26,11 +28,13 @@ pub struct Options {
     pub settings: Settings,
     /// How often the directory is looked at though nothing was heard of it: some file systems tell nothing.
     pub rescan: Duration,
+    /// The file that keeps what was last good for the next process; `None` keeps nothing.
+    pub last_good: Option<PathBuf>,
 }
 
 impl Options {
     pub fn new(directory: impl Into<PathBuf>, settings: Settings) -> Self {
-        Self { directory: directory.into(), settings, rescan: Duration::from_secs(3) }
+        Self { directory: directory.into(), settings, rescan: Duration::from_secs(3), last_good: None }
     }
 }
 
@@ -58,17 +62,23 @@ pub enum DiscoveryError {
 
 /// Reads the directory and goes on to watch it. When this returns, the snapshot is already what the directory says.
 pub fn start(options: Options) -> Result<Sources, DiscoveryError> {
-    let Options { directory, settings, rescan } = options;
+    let Options { directory, settings, rescan, last_good } = options;
     let mut files = Directory::open(&directory, &settings.root_namespace)?;
-    let (mut store, published) = Store::new(settings);
-    let scan = files.scan();
-    store.take(&scan.objects, scan.problems);
+    let (mut last_good, known) = LastGood::open(last_good, &directory);
+    let (mut store, published) = Store::new(settings, &known.good);
+    files.remember(known.read);
+    let mut take = move |mut scan: Scan| {
+        scan.problems.extend(last_good.problems());
+        take(&mut store, &scan);
+        last_good.keep(&scan.objects, store.good());
+    };
+    take(files.scan());
     // Ends of this channel: the watcher, and `Watching`, which stops the thread.
     let (wake, woken) = mpsc::channel();
     let watching = Arc::new(Watching { wake: wake.clone() });
     std::thread::Builder::new()
         .name("discovery".into())
-        .spawn(move || file::watch(files, &wake, &woken, rescan, |scan| store.take(&scan.objects, scan.problems)))
+        .spawn(move || file::watch(files, &wake, &woken, rescan, take))
         .map_err(|source| DiscoveryError::Thread { directory, source })?;
     let store::Published { snapshot, changed, problems } = published;
     Ok(Sources { snapshot, changed, problems, _watching: watching })
@@ -77,10 +87,15 @@ pub fn start(options: Options) -> Result<Sources, DiscoveryError> {
 /// Reads the directory once: for `meshctl analyze` and tests.
 pub fn load_once(directory: &Path, settings: Settings) -> Result<(Arc<Snapshot>, Arc<Vec<Problem>>), DiscoveryError> {
     let scan = Directory::open(directory, &settings.root_namespace)?.scan();
-    let (mut store, published) = Store::new(settings);
-    store.take(&scan.objects, scan.problems);
+    let (mut store, published) = Store::new(settings, &[]);
+    take(&mut store, &scan);
     let problems = published.problems.borrow().clone();
     Ok((published.snapshot.load_full(), problems))
+}
+
+fn take(store: &mut Store, scan: &Scan) {
+    let objects = [scan.objects.as_slice(), &scan.stand_ins].concat();
+    store.take(&objects, scan.problems.clone());
 }
 
 /// Ends the watching thread when the last reader is gone.

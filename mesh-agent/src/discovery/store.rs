@@ -24,13 +24,20 @@ pub(super) struct Published {
 }
 
 impl Store {
-    pub fn new(settings: Settings) -> (Self, Published) {
+    /// `good` is what was last good when another process held it.
+    pub fn new(settings: Settings, good: &[Object]) -> (Self, Published) {
         let mesh = MeshSettings { trust_domain: settings.trust_domain.clone(), outbound: settings.outbound };
         let snapshot = Arc::new(ArcSwap::from_pointee(Snapshot::empty(mesh)));
         let (changed, changed_rx) = watch::channel(0);
         let (problems, problems_rx) = watch::channel(Arc::default());
         let published = Published { snapshot: snapshot.clone(), changed: changed_rx, problems: problems_rx };
-        (Self { settings, memory: Memory::default(), snapshot, changed, problems }, published)
+        let memory = translate(&settings, good, &Memory::default()).memory;
+        (Self { settings, memory, snapshot, changed, problems }, published)
+    }
+
+    /// The last good version of every object.
+    pub fn good(&self) -> impl Iterator<Item = &Object> {
+        self.memory.good()
     }
 
     /// Takes all objects there are now, and what the source has to report itself.

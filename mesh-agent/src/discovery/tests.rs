@@ -228,6 +228,45 @@ async fn a_broken_object_keeps_its_last_good_version() {
 }
 
 #[tokio::test]
+async fn what_was_last_good_survives_a_restart() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mesh, state) = (folder.path().join("mesh"), folder.path().join("state/last-good.json"));
+    let start = || {
+        let options = Options { last_good: Some(state.clone()), ..Options::new(&mesh, settings()) };
+        Mesh { sources: start(options).unwrap(), folder: tempfile::tempdir().unwrap() }
+    };
+    let closing = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: { name: p }\nspec: 7\n";
+    let closed = |m: &Mesh| m.sources.snapshot.load().workloads().all(|w| w.policies.policies.len() == 1);
+    write(&mesh.join("file.yaml"), &format!("{}---\n{closing}", pod("file", "10.0.0.1")));
+    write(&mesh.join("object.yaml"), &pod("object", "10.0.0.2"));
+    write(&mesh.join("gone.yaml"), &pod("gone", "10.0.0.3"));
+    write(&mesh.join("good.yaml"), &pod("good", "10.0.0.4"));
+    let first = start();
+    assert_eq!(first.pods(), ["file 10.0.0.1", "gone 10.0.0.3", "good 10.0.0.4", "object 10.0.0.2"]);
+    assert!(closed(&first), "an object that was never good closes");
+    drop(first);
+    // While nobody looks, one file breaks as a whole, one in its object; one goes, and one changes.
+    write(&mesh.join("file.yaml"), "kind: [");
+    write(&mesh.join("object.yaml"), &pod("object", "nonsense"));
+    fs::remove_file(mesh.join("gone.yaml")).unwrap();
+    write(&mesh.join("good.yaml"), &pod("good", "10.0.0.5"));
+    // The second restart reads what the first has kept of what it read.
+    for _ in 0..2 {
+        let again = start();
+        assert_eq!(again.pods(), ["file 10.0.0.1", "good 10.0.0.5", "object 10.0.0.2"]);
+        assert!(closed(&again), "what closed before still does");
+        let problems = again.problems().join("\n");
+        assert!(problems.contains("file.yaml:1: ") && problems.contains("state of the file stays"), "{problems}");
+        assert!(problems.contains("`nonsense` is no IP address") && problems.contains("version stays"), "{problems}");
+    }
+    // A file of another version is said and ignored; and what is broken was never good.
+    write(&state, "nodemesh last good 2\n");
+    let foreign = start();
+    assert_eq!(foreign.pods(), ["good 10.0.0.5"]);
+    assert!(foreign.problems().iter().any(|p| p.contains("by another version of the agent")));
+}
+
+#[tokio::test]
 async fn the_links_of_a_config_map_are_turned_as_one() {
     let folder = tempfile::tempdir().unwrap();
     let mesh_path = folder.path().join("mesh");
@@ -307,10 +346,10 @@ fn files_that_cannot_be_read_are_reported_and_the_others_hold() {
     assert_eq!(
         texts,
         [
-            "bytes.yaml:2: (no object): the text is not UTF-8: correct it; nothing of the file is in force",
-            "large.yaml: (no object): is larger than 10 MiB: split it; nothing of the file is in force",
-            "link.yaml: (no object): cannot be read: No such file or directory (os error 2); the last good state of what is in it stays in force",
-            "pipe.yaml: (no object): is no file: put a file with manifests here; nothing of the file is in force",
+            "bytes.yaml:2: the text is not UTF-8: correct it; nothing of the file is in force",
+            "large.yaml: is larger than 10 MiB: split it; nothing of the file is in force",
+            "link.yaml: cannot be read: No such file or directory (os error 2); the last good state of what is in it stays in force",
+            "pipe.yaml: is no file: put a file with manifests here; nothing of the file is in force",
         ]
     );
 }

@@ -40,7 +40,9 @@ pub enum RoutesError {
     Sysctl { name: &'static str, netns: String, source: io::Error },
     #[error("cannot set routes inside {netns}: {source}; the agent needs CAP_NET_ADMIN")]
     Netlink { netns: String, source: io::Error },
-    #[error("cannot {what} inside {netns}: {source}")]
+    #[error("cannot {what} inside {netns}: its `lo` is down; bring it up: `nsenter --net={netns} ip link set lo up`")]
+    LoopbackDown { what: &'static str, netns: String },
+    #[error("cannot {what} inside {netns}: {source}; see `ip route` and `ip rule` there for what is in the way")]
     Route { what: &'static str, netns: String, source: rtnetlink::Error },
 }
 
@@ -223,10 +225,11 @@ where
                     let (connection, handle, _) = rtnetlink::new_connection().map_err(netlink)?;
                     tokio::spawn(connection);
                     let v6 = std::path::Path::new("/proc/sys/net/ipv6").exists();
-                    work(handle, v6).await.map_err(|(what, source)| RoutesError::Route {
-                        what,
-                        netns: text(netns),
-                        source,
+                    work(handle, v6).await.map_err(|(what, source)| match source {
+                        rtnetlink::Error::NetlinkError(e) if -e.raw_code() == libc::ENETDOWN => {
+                            RoutesError::LoopbackDown { what, netns: text(netns) }
+                        }
+                        source => RoutesError::Route { what, netns: text(netns), source },
                     })
                 })
             })

@@ -14,10 +14,10 @@ use tokio::sync::{Notify, watch};
 
 use super::certificates::{Authority, SignFuture};
 use super::csr::{CsrError, VerifiedCsr};
-use super::files::{self, FileError};
 use super::issuer::{CA_CERT, CERT_CHAIN, INTERMEDIATE_LIFE, IssuerError, ROOT_CERT, ROOT_LIFE, SigningCa};
 use super::root_rotation::{Pace, Phases};
 use super::{Bundle, BundleError, Clock};
+use crate::lifecycle::files::{self, FileError};
 use crate::model::{SpiffeId, TrustDomain};
 
 /// A shorter life would be spent on renewing.

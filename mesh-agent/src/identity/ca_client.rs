@@ -31,10 +31,10 @@ use tonic_prost::ProstCodec;
 use super::bundle::{certificates_from_pem, sha256_hex};
 use super::ca_server::CONTROLLER_NAME;
 use super::certificates::{Authority, SignFuture};
-use super::files::{self, FileError};
 use super::join_token::{Claims, TokenError};
 use super::rpc::{self, BundleRequest, BundleResponse, CertificateRequest, CertificateResponse, Struct, Value};
 use super::{Bundle, BundleError, provider, rotation, tls};
+use crate::lifecycle::files::{self, FileError};
 use crate::model::SpiffeId;
 
 const ROOTS: &str = "roots.json";

@@ -15,8 +15,8 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 use super::bundle::{BundleError, certificate_pem, certificates_from_pem, sha256_hex};
-use super::files::{self, FileError};
 use super::{Bundle, Trust, csr};
+use crate::lifecycle::files::{self, FileError};
 use crate::model::{SpiffeId, TrustDomain};
 
 pub const CA_CERT: &str = "ca-cert.pem";

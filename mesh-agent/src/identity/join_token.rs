@@ -11,7 +11,7 @@ use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde::{Deserialize, Serialize};
 
-use super::files::{self, FileError};
+use crate::lifecycle::files::{self, FileError};
 
 const VERSION: &str = "nm1";
 const SECRET: &str = "join-token.key";
@@ -41,6 +41,10 @@ pub enum TokenError {
         "the join token is for node `{token}`, and this is node `{here}`; make one with `mesh-agent controller token --node {here}`"
     )]
     OtherNode { token: String, here: String },
+    #[error("`{0}` is no join token and no id of one: give the token, or the 16 hex digits that errors name it by")]
+    Id(String),
+    #[error("{} is not there, so no token was made from it; name the controller's state with --state-dir", .0.display())]
+    NoSecret(PathBuf),
     #[error("`{0}` is no name of a node: use 1 to 253 lower-case letters, digits, `.` or `-`")]
     NodeName(String),
     #[error("{}: it is no secret of 32 bytes; restore it, or remove it and give every node a new token", .0.display())]
@@ -98,6 +102,15 @@ impl JoinTokens {
         Ok(Self { key: hmac::Key::new(hmac::HMAC_SHA256, &secret), revoked: state_dir.join(REVOKED) })
     }
 
+    /// The same where a secret has to be there: what is revoked in the wrong place is not revoked.
+    pub fn existing(state_dir: &Path) -> Result<Self, TokenError> {
+        let path = state_dir.join(SECRET);
+        if !path.exists() {
+            return Err(TokenError::NoSecret(path));
+        }
+        Self::open(state_dir)
+    }
+
     /// A token for `node`, good until `expires`, that pins the roots with these fingerprints.
     pub fn issue(&self, node: &str, roots: &[String], expires: SystemTime) -> Result<String, TokenError> {
         let good = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'.' | b'-');
@@ -133,8 +146,20 @@ impl JoinTokens {
         Ok(claims)
     }
 
-    /// Adds `id` to the list of revoked tokens; a controller that runs sees it with the next request.
-    pub fn revoke(&self, id: &str) -> Result<(), TokenError> {
+    /// Adds a token, given whole or by its id, to the list of revoked ones, and returns its id. A controller that runs
+    /// sees it with the next request.
+    pub fn revoke(&self, token_or_id: &str) -> Result<String, TokenError> {
+        let id = match split(token_or_id) {
+            Ok((claims, signed, tag)) => {
+                hmac::verify(&self.key, signed.as_bytes(), &tag).map_err(|_| TokenError::Foreign)?;
+                claims.id
+            }
+            Err(_) if is_id(token_or_id) => token_or_id.to_owned(),
+            Err(_) => return Err(TokenError::Id(token_or_id.to_owned())),
+        };
+        if self.is_revoked(&id)? {
+            return Ok(id);
+        }
         let mut list = match files::read(&self.revoked) {
             Ok(list) => list,
             Err(e) if e.is_missing() => String::new(),
@@ -143,9 +168,10 @@ impl JoinTokens {
         if !list.is_empty() && !list.ends_with('\n') {
             list.push('\n');
         }
-        list.push_str(id);
+        list.push_str(&id);
         list.push('\n');
-        Ok(files::write_private(&self.revoked, list.as_bytes())?)
+        files::write_private(&self.revoked, list.as_bytes())?;
+        Ok(id)
     }
 
     fn is_revoked(&self, id: &str) -> Result<bool, TokenError> {
@@ -156,6 +182,11 @@ impl JoinTokens {
             Err(e) => Err(e.into()),
         }
     }
+}
+
+/// As `issue` makes them.
+fn is_id(text: &str) -> bool {
+    text.len() == 16 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
 }
 
 /// The claims, the part that is signed, and the tag. Nothing here is to be believed yet.
@@ -236,8 +267,16 @@ mod tests {
         fs::write(dir.path().join(REVOKED), format!("# lost laptop\n {id}  # node-a\n")).unwrap();
         assert!(matches!(tokens.verify(&lost, SystemTime::now()), Err(TokenError::Revoked { .. })));
         let other = tokens.verify(&kept, SystemTime::now()).unwrap().id;
-        tokens.revoke("0000").unwrap();
-        tokens.revoke(&other).unwrap();
+        tokens.revoke("0123456789abcdef").unwrap();
+        // By the token as by its id, and once is as good as twice.
+        assert_eq!(tokens.revoke(&kept).unwrap(), other);
+        assert_eq!(tokens.revoke(&other).unwrap(), other);
+        let list = fs::read_to_string(dir.path().join(REVOKED)).unwrap();
+        assert_eq!(list.matches(&other).count(), 1, "{list}");
+        assert!(matches!(tokens.revoke("node-a"), Err(TokenError::Id(_))));
+        let elsewhere = tempfile::tempdir().unwrap();
+        assert!(matches!(JoinTokens::existing(elsewhere.path()), Err(TokenError::NoSecret(_))));
+        assert!(matches!(JoinTokens::open(elsewhere.path()).unwrap().revoke(&kept), Err(TokenError::Foreign)));
         for token in [&lost, &kept] {
             assert!(matches!(tokens.verify(token, SystemTime::now()), Err(TokenError::Revoked { .. })));
         }

@@ -7,7 +7,6 @@ mod ca_client;
 mod ca_server;
 mod certificates;
 mod csr;
-mod files;
 mod issuer;
 mod join_token;
 mod root_rotation;
@@ -25,13 +24,13 @@ use x509_parser::time::ASN1Time;
 
 use crate::model::SpiffeId;
 
+pub use crate::lifecycle::files::FileError;
 pub use authority::{Ca, CaError, CaOptions, DEFAULT_LIFETIME, MIN_LIFETIME, trusted_roots};
 pub use bundle::{Bundle, BundleError};
 pub use ca_client::{CaClient, CaClientError, CaClientOptions, Credential};
 pub use ca_server::{CONTROLLER_NAME, CaServerError, CaServerOptions, DEFAULT_PORT, RunsOn, bind, serve};
 pub use certificates::{CertificateOptions, Certificates};
 pub use csr::{CsrError, VerifiedCsr};
-pub use files::FileError;
 pub use issuer::IssuerError;
 pub use join_token::{Claims, DEFAULT_TOKEN_LIFE, JoinTokens, TokenError};
 pub use rotation::Clock;

@@ -1,5 +1,7 @@
-//! From start to end of the process: when it is ready, what tells it to stop.
+//! From start to end of the process: when it is ready, what tells it to stop, and how files are written that the next
+//! process reads.
 
+pub mod files;
 mod readiness;
 mod signal;
 

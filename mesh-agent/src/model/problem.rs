@@ -38,11 +38,14 @@ pub struct Problem {
 
 impl fmt::Display for ObjectRef {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.kind.is_empty() {
+            // The whole file is meant.
+            return f.write_str(if self.file.is_empty() { "(no object)" } else { &self.file });
+        }
         if !self.file.is_empty() {
             write!(f, "{}: ", self.file)?;
         }
         match (self.kind.as_str(), self.namespace.as_str(), self.name.as_str()) {
-            ("", _, _) => f.write_str("(no object)"),
             (kind, "", name) => write!(f, "{kind} {name}"),
             (kind, namespace, name) => write!(f, "{kind} {namespace}/{name}"),
         }

@@ -5,6 +5,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
 
+use mesh_common::{HBONE_PORT, OUTBOUND_PORT, PLAIN_PORT};
 use tokio::net::TcpStream;
 
 use super::accept::Accepted;
@@ -16,13 +17,13 @@ use super::transport::frame::Refusal;
 use super::transport::handshake::{self, Tunnel};
 use super::transport::hbone::{self, Incoming};
 use super::transport::session::{Counts, Session, Side};
-use super::transport::{HBONE_PORT, connect, copy, io as sock};
+use super::transport::{connect, copy, io as sock};
 use super::worker::{LocalPod, Worker};
 use crate::model::SpiffeId;
 use crate::telemetry::Security;
 
 /// The agent's own ports in a pod are no applications: a connection to them would come back to us, for ever.
-const OWN_PORTS: [u16; 3] = [15001, 15006, HBONE_PORT];
+const OWN_PORTS: [u16; 3] = [OUTBOUND_PORT, PLAIN_PORT, HBONE_PORT];
 
 /// Serves a connection on port 15008: TLS, then tunnels of either kind.
 pub async fn serve_tls(worker: Rc<Worker>, pod: Arc<LocalPod>, accepted: Accepted) {

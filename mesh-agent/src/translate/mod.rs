@@ -67,6 +67,13 @@ pub struct Memory {
     good: BTreeMap<Key, Good>,
 }
 
+impl Memory {
+    /// The last good version of every object, as its source gave it.
+    pub fn good(&self) -> impl Iterator<Item = &Object> {
+        self.good.values().map(|good| &good.object)
+    }
+}
+
 #[derive(Debug, Clone)]
 struct Good {
     object: Object,

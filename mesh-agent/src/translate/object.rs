@@ -68,8 +68,13 @@ impl Object {
         &self.value
     }
 
+    /// The value, to be kept beyond the object.
+    pub fn shared_value(&self) -> Arc<Value> {
+        self.value.clone()
+    }
+
     /// Whether `other` is this very value at this very place. A cheap question: equal values read twice are not the same.
-    pub(super) fn is_same(&self, other: &Self) -> bool {
+    pub fn is_same(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.value, &other.value) && self.reference == other.reference && self.version == other.version
     }
 }

@@ -21,6 +21,11 @@ pub(super) enum Wish {
         node: String,
         ttl: Duration,
     },
+    RevokeToken {
+        controller: Controller,
+        /// Whole, or its id.
+        token: String,
+    },
     RotateRoot(Controller),
     /// Print this text: help or version.
     Show(String),
@@ -50,12 +55,16 @@ pub(super) fn command() -> Command {
         .arg(Arg::new("ttl").long("ttl").value_name("TIME").default_value(DEFAULT_TTL).hide_default_value(true).help(
             "How long it can be used [default: 365d]. It is shown at every renewal: it must live as long as the node",
         ));
+    let revoke = Command::new("revoke-token")
+        .about("Refuse a join token from now on")
+        .arg(Arg::new("token").value_name("TOKEN").required(true).help("The token, or its id, as errors name it"));
     let rotate = Command::new("rotate-root").about("Change to a new root; both are trusted during the change");
     let controller = Command::new("controller")
         .about("Sign the certificates of the nodes")
         .after_help(FOOTER)
         .args(flags(Role::Controller))
         .subcommand(token)
+        .subcommand(revoke)
         .subcommand(rotate);
     Command::new("mesh-agent")
         .about("Nodemesh: a service mesh without sidecars")
@@ -121,6 +130,10 @@ pub(super) fn parse(
             let written = gather(innermost, Role::Controller, &variable)?;
             match matches.subcommand() {
                 Some(("token", token)) => token_wish(Controller::check_for_tools(&written)?, token),
+                Some(("revoke-token", revoke)) => Ok(Wish::RevokeToken {
+                    controller: Controller::check_for_tools(&written)?,
+                    token: revoke.get_one::<String>("token").cloned().unwrap_or_default().trim().to_owned(),
+                }),
                 Some(("rotate-root", _)) => Ok(Wish::RotateRoot(Controller::check_for_tools(&written)?)),
                 _ => Ok(Wish::Controller(Controller::check(&written)?)),
             }

@@ -4,7 +4,7 @@ use super::super::exit::{Exit, code, sentence};
 use super::*;
 use crate::config::{CertificateAuthority, Logging};
 use crate::discovery::DiscoveryError;
-use crate::identity::CaError;
+use crate::identity::{CaError, TokenError};
 use crate::model::{OutboundPolicy, TrustDomain};
 use crate::redirect::RedirectError;
 use crate::telemetry::LogFormat;
@@ -266,6 +266,13 @@ fn the_controller_and_its_commands() {
         panic!("no token")
     };
     assert_eq!((controller.state_dir, node.as_str(), ttl), (PathBuf::from("/x"), "a", Duration::from_secs(600)));
+    let Wish::RevokeToken { controller, token } =
+        wish("controller revoke-token 0123456789abcdef --state-dir /x --config-dir /nowhere", &[]).unwrap()
+    else {
+        panic!("no revocation")
+    };
+    assert_eq!((controller.state_dir, token.as_str()), (PathBuf::from("/x"), "0123456789abcdef"));
+    refused("controller revoke-token", &[], "<TOKEN> is missing; see `mesh-agent controller --help`");
     assert!(matches!(wish("controller rotate-root --config-dir /nowhere", &[]).unwrap(), Wish::RotateRoot(_)));
 
     refused(
@@ -300,7 +307,11 @@ fn the_controller_and_its_commands() {
 
 #[test]
 fn help_fits_eighty_columns_and_names_every_setting() {
-    for (line, role) in [("node --help", Role::Node), ("controller --help", Role::Controller)] {
+    for (line, role) in [
+        ("node --help", Role::Node),
+        ("controller --help", Role::Controller),
+        ("controller revoke-token --help", Role::Controller),
+    ] {
         let Wish::Show(help) = wish(line, &[]).unwrap() else { panic!("no help") };
         for line in help.lines() {
             assert!(line.chars().count() <= 80, "{line}");
@@ -345,6 +356,7 @@ fn exit_codes_follow_the_cause() {
     ] {
         assert_eq!(code(&error.into()), exit);
     }
+    assert_eq!(code(&TokenError::NoSecret(path.clone()).into()), Exit::Usage);
     assert_eq!(code(&CaError::Locked(path.clone()).into()), Exit::Unavailable);
     assert_eq!(code(&DiscoveryError::Missing(path).into()), Exit::Usage);
     assert_eq!(code(&anyhow::anyhow!("low").context(Failure::no_permission("high"))), Exit::NoPermission);

@@ -5,15 +5,15 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-/// No file of an identity comes near it.
+/// No file of an identity comes near it; `read_up_to` is for what may.
 const MAX_BYTES: u64 = 1024 * 1024;
 
 #[derive(Debug, thiserror::Error)]
 pub enum FileError {
     #[error("can't read {}: {source}; check that it exists and that the agent may read it", path.display())]
     Read { path: PathBuf, source: io::Error },
-    #[error("{} is larger than {MAX_BYTES} bytes; it can't be what it is taken for", .0.display())]
-    TooLarge(PathBuf),
+    #[error("{} is larger than {limit} bytes; it can't be what it is taken for", path.display())]
+    TooLarge { path: PathBuf, limit: u64 },
     #[error("can't write {}: {source}; check the directory's owner and the free space", path.display())]
     Write { path: PathBuf, source: io::Error },
 }
@@ -25,12 +25,16 @@ impl FileError {
 }
 
 pub fn read(path: &Path) -> Result<String, FileError> {
+    read_up_to(path, MAX_BYTES)
+}
+
+pub fn read_up_to(path: &Path, limit: u64) -> Result<String, FileError> {
     let failed = |source| FileError::Read { path: path.to_owned(), source };
     let mut text = String::new();
     let file = File::open(path).map_err(failed)?;
-    file.take(MAX_BYTES + 1).read_to_string(&mut text).map_err(failed)?;
-    if text.len() as u64 > MAX_BYTES {
-        return Err(FileError::TooLarge(path.to_owned()));
+    file.take(limit + 1).read_to_string(&mut text).map_err(failed)?;
+    if text.len() as u64 > limit {
+        return Err(FileError::TooLarge { path: path.to_owned(), limit });
     }
     Ok(text)
 }
