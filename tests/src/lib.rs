@@ -15,6 +15,7 @@
 mod agent;
 mod capture;
 mod cgroup;
+mod foreign;
 mod http;
 mod manifests;
 mod mesh;
@@ -29,6 +30,7 @@ mod wait;
 pub use agent::{Agent, Controller, agent_binary, meshctl_binary, peer_binary};
 pub use capture::{Capture, Recording, Segment};
 pub use cgroup::{Cgroup, cgroup2_mount};
+pub use foreign::{Attachment, FOREIGN_NAME, attach_foreign};
 pub use http::{get as http_get, metric};
 pub use manifests::{ClusterIps, Manifests, MeshMode};
 pub use mesh::{Mesh, Node};

@@ -10,15 +10,18 @@ use std::sync::{Mutex, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, kill_process_group, waitid};
 
 use crate::wait::eventually;
 
-/// A running child. Output goes to a file, which is printed where a test fails; killed and reaped on drop.
+/// A running child. Output goes to a file, which is printed where a test fails; killed and reaped on drop, with all
+/// that it has started itself.
 #[derive(Debug)]
 pub struct Process {
     name: String,
     child: Child,
+    /// How it ended, once it is reaped.
+    status: Option<ExitStatus>,
     log: PathBuf,
 }
 
@@ -27,7 +30,8 @@ impl Process {
     pub fn start(name: &str, mut command: Command, log: &Path) -> Self {
         let file = File::options().create(true).append(true).open(log);
         let file = file.unwrap_or_else(|e| panic!("cannot write log {}: {e}", log.display()));
-        command.stdin(Stdio::null());
+        // A group of its own, so that a master's workers go with it.
+        command.stdin(Stdio::null()).process_group(0);
         command.stdout(file.try_clone().expect("a file can be duplicated")).stderr(file);
         #[expect(unsafe_code, reason = "a child must be told before it begins")]
         // SAFETY: one system call between fork and exec, no allocation, no lock.
@@ -40,7 +44,7 @@ impl Process {
         let program = command.get_program().to_string_lossy().into_owned();
         let child = spawn(command)
             .unwrap_or_else(|e| panic!("cannot start {program} for {name}: {e}; `cargo xtask setup` installs it"));
-        Self { name: name.to_owned(), child, log: log.to_owned() }
+        Self { name: name.to_owned(), child, status: None, log: log.to_owned() }
     }
 
     pub fn id(&self) -> u32 {
@@ -53,7 +57,7 @@ impl Process {
     }
 
     pub fn is_running(&mut self) -> bool {
-        matches!(self.child.try_wait(), Ok(None))
+        self.ended().is_none()
     }
 
     /// Waits until its output holds `text`; fails at once when it ends before.
@@ -68,15 +72,40 @@ impl Process {
     }
 
     pub fn signal(&self, signal: Signal) {
-        let pid = Pid::from_raw(self.child.id().cast_signed()).expect("a child's id is not zero");
         // A child that has ended but is not reaped keeps its id, so this never hits a stranger.
-        let _ = kill_process(pid, signal);
+        if self.status.is_none() {
+            let _ = kill_process(self.pid(), signal);
+        }
     }
 
-    /// kill -9, and reaps.
+    fn pid(&self) -> Pid {
+        Pid::from_raw(self.child.id().cast_signed()).expect("a child's id is not zero")
+    }
+
+    /// kill -9, and reaps; what it has started itself goes with it.
     pub fn kill(&mut self) {
-        self.signal(Signal::KILL);
-        let _ = self.child.wait();
+        if self.status.is_none() {
+            self.reap();
+        }
+    }
+
+    /// Kills what is left of its group, and takes its status. The group has the child's id, which nobody else can get
+    /// before the child is reaped: hence in this order, and only once.
+    fn reap(&mut self) -> ExitStatus {
+        let _ = kill_process_group(self.pid(), Signal::KILL);
+        let status = self.child.wait().expect("a child can be waited for");
+        self.status = Some(status);
+        status
+    }
+
+    /// How it ended, if it has.
+    fn ended(&mut self) -> Option<ExitStatus> {
+        if self.status.is_none() {
+            let look = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+            waitid(WaitId::Pid(self.pid()), look).expect("a child can be waited for")?;
+            self.reap();
+        }
+        self.status
     }
 
     /// Asks it to end, and waits; one that has not ended after ten seconds is killed and that is a failure.
@@ -89,7 +118,7 @@ impl Process {
     pub fn wait(&mut self, deadline: Duration) -> ExitStatus {
         let start = Instant::now();
         loop {
-            if let Some(status) = self.child.try_wait().expect("a child can be waited for") {
+            if let Some(status) = self.ended() {
                 return status;
             }
             if start.elapsed() > deadline {

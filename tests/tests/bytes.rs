@@ -59,6 +59,7 @@ const CASES: &[Case<Bytes>] = both_ways![
     case_05_close_with_data_on_the_way,
     case_06_reset_while_reading,
     case_07_reset_after_data,
+    case_07_reset_in_a_large_upload_and_then_a_clean_connection,
     case_08_close_with_unread_data,
     case_09_a_slow_reader_stops_its_sender,
     case_10_the_reader_dies_under_a_blocked_writer,
@@ -245,6 +246,46 @@ fn case_07_reset_after_data(b: &Bytes, server: &Pod) {
         reset(other);
         let end = (&reader).read_to_end(&mut Vec::new()).map_err(|e| e.kind());
         assert_eq!(end, Err(ErrorKind::ConnectionReset));
+    }
+}
+
+fn case_07_reset_in_a_large_upload_and_then_a_clean_connection(b: &Bytes, server: &Pod) {
+    const WHOLE: usize = 1 << 20;
+    for round in 0..6 {
+        let (near, far) = pair(&b.client, server);
+        let (writer, reader) = if round % 2 == 0 { (near, far) } else { (far, near) };
+        writer.set_nonblocking(true).unwrap();
+        // Until all buffers on the way are full, so that the tunnel stands in the middle of a record.
+        let mut held = false;
+        eventually(PATIENCE, "the upload is held back", || {
+            let mut moved = 0;
+            while let Ok(n) = (&writer).write(&[0xaa; 65536]) {
+                moved += n;
+            }
+            std::mem::replace(&mut held, moved == 0) && moved == 0
+        });
+        // Some rounds move on by a part of a record.
+        (&reader).read_exact(&mut vec![0; 1000 * round]).unwrap();
+        if round < 4 {
+            reset(writer);
+            let end = (&reader).read_to_end(&mut Vec::new()).map_err(|e| e.kind());
+            assert_eq!(end, Err(ErrorKind::ConnectionReset), "round {round}");
+        } else {
+            reset(reader);
+            eventually(PATIENCE, "the writer hears of it", || {
+                let end = (&writer).write(&[0; 1]).map_err(|e| e.kind());
+                matches!(end, Err(ErrorKind::ConnectionReset | ErrorKind::BrokenPipe))
+            });
+        }
+        // Whatever tunnel it gets, not a byte of what was broken off is in it.
+        let (near, far) = pair(&b.client, server);
+        let seed = 70 + round as u64;
+        thread::scope(|s| {
+            s.spawn(|| send_pattern(&near, seed, WHOLE).unwrap());
+            s.spawn(|| send_pattern(&far, seed + 100, WHOLE).unwrap());
+            s.spawn(|| expect_pattern(&near, seed + 100, WHOLE));
+            expect_pattern(&far, seed, WHOLE);
+        });
     }
 }
 

@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 use std::time::Duration;
 
-use mesh_tests::{Mesh, PodSpec};
+use mesh_tests::{Mesh, PodSpec, eventually};
 
 /// A client sends `text` to a server of another pod.
 fn say(mesh: &Mesh, text: &[u8], v6: bool) {
@@ -77,4 +77,29 @@ fn a_deleted_pods_address_is_free_at_once() {
     assert_eq!(new.v4(), address);
     let listener = new.listen();
     client.connect((address, listener.local_addr().unwrap().port()).into()).unwrap();
+}
+
+/// Whether a process is there and not a zombie that waits for its new parent.
+fn is_alive(pid: &str) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit(") ").next().is_some_and(|rest| !rest.is_empty() && !rest.starts_with('Z'))
+}
+
+#[test]
+fn a_process_takes_along_what_it_has_started() {
+    let mesh = Mesh::new().node("n1");
+    let pod = mesh.pod("n1", "a/master");
+    // Killed with its worker, and having ended itself and left the worker behind.
+    for (end, kills) in [("wait", true), ("exit 0", false)] {
+        let mut master = pod.start("sh", &["-c", &format!("sleep 600 & echo worker $! started; {end}")]);
+        master.wait_for("started", Duration::from_secs(5));
+        let worker = master.log().split_whitespace().nth(1).unwrap().to_owned();
+        if kills {
+            assert!(is_alive(&worker), "the worker runs");
+            drop(master);
+        } else {
+            assert!(master.wait(Duration::from_secs(5)).success());
+        }
+        eventually(Duration::from_secs(5), "the worker is gone", || !is_alive(&worker));
+    }
 }

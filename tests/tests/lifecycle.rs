@@ -44,6 +44,9 @@ const CASES: &[Case<Lifecycle>] = &[
     ("case_36_a_pod_deleted_in_mid_transfer_leaves_nothing", case_36_pod_deleted_in_mid_transfer),
     ("case_37_a_full_map_denies_and_counts", case_37_a_full_map_denies_and_counts),
     ("case_44_older_connections_go_on_and_pods_leave_live", case_44_enrol_and_unenrol_live),
+    ("case_44_a_label_off_and_on_again", case_44_a_label_off_and_on_again),
+    ("a_namespace_that_cannot_be_read_opens_nothing", a_namespace_that_cannot_be_read_opens_nothing),
+    ("an_agent_that_ends_in_mid_transfer_resets", an_agent_that_ends_in_mid_transfer_resets),
     ("a_pod_label_goes_before_its_namespaces", a_pod_label_goes_before_its_namespaces),
     ("a_pod_whose_lo_is_down_is_told_what_to_do", a_pod_whose_lo_is_down_is_told_what_to_do),
     ("sigterm_drains", sigterm_drains),
@@ -200,6 +203,132 @@ fn case_44_enrol_and_unenrol_live(l: &Lifecycle) {
     assert!(recording.contains(b"plain again") && !recording.contains(b"so does the protected one"));
     mesh.delete(client);
     mesh.delete(server);
+}
+
+fn case_44_a_label_off_and_on_again(l: &Lifecycle) {
+    let mesh = l.world.mesh();
+    mesh.manifests().label("on-off", MeshMode::Enabled);
+    let (client, server) = (mesh.pod("n1", "on-off/client"), mesh.pod("n2", "on-off/server"));
+    l.world.wait_enrolled(&[&client, &server]);
+    let to = SocketAddr::new(server.v4(), echo_in(&server));
+    let kept = client.connect(to).unwrap();
+    let mut plain = None;
+    for (round, mode) in [MeshMode::Enabled, MeshMode::Unset, MeshMode::Enabled].into_iter().enumerate() {
+        let meshed = mode == MeshMode::Enabled;
+        mesh.manifests().label("on-off", mode);
+        for pod in [&client, &server] {
+            l.world.agent(pod.node()).wait_enrolled(pod, meshed);
+        }
+        let capture = mesh.capture("n1");
+        let new = client.connect(to).unwrap();
+        ping(&new, format!("new in round {round}").as_bytes()).unwrap();
+        ping(&kept, format!("kept in round {round}").as_bytes()).expect("the connection of the mesh lives on");
+        if let Some(plain) = &plain {
+            ping(plain, b"plain lives on").expect("the connection that was made without the mesh lives on");
+        }
+        let recording = capture.stop();
+        assert_eq!(recording.contains(format!("new in round {round}").as_bytes()), !meshed, "round {round}");
+        assert!(!recording.contains(format!("kept in round {round}").as_bytes()), "round {round}");
+        assert_eq!(recording.contains(b"plain lives on"), plain.is_some());
+        if !meshed {
+            plain = Some(new);
+        }
+    }
+    drop((kept, plain));
+    mesh.delete(client);
+    mesh.delete(server);
+}
+
+/// Agents that start while a namespace's manifest is broken, or gone: they must not take that for "not in the mesh".
+fn a_namespace_that_cannot_be_read_opens_nothing(l: &Lifecycle) {
+    const FILE: &str = "namespace-fenced";
+    const TEXT: &[u8] = b"never in plaintext";
+    let mesh = l.world.mesh();
+    let strict = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata:\n  name: strict\n  namespace: fenced\n\
+                  spec:\n  mtls: {mode: STRICT}\n";
+    mesh.manifests().apply("fenced-strict", strict);
+    mesh.manifests().label("fenced", MeshMode::Enabled);
+    let (client, server) = (mesh.pod("n1", "fenced/client"), mesh.pod("n2", "fenced/server"));
+    l.world.wait_enrolled(&[&client, &server]);
+    let to = SocketAddr::new(server.v4(), echo_in(&server));
+    let broken: [Option<&str>; 3] = [
+        Some("apiVersion: v1\nkind: Namespace\nmetadata: [not, a, map\n"),
+        Some("apiVersion: v1\nkind: Namespace\nmetadata:\n  name: fenced\n  labels: {nodemesh.io/mode: perhaps}\n"),
+        None,
+    ];
+    for text in broken {
+        call(&client, to).unwrap();
+        eventually(PATIENCE, "STRICT is in force", || call(&l.outsider, to).is_err());
+        for node in ["n1", "n2"] {
+            l.world.agent(node).kill();
+        }
+        match text {
+            Some(text) => mesh.manifests().apply(FILE, text),
+            None => mesh.manifests().remove(FILE),
+        }
+        let capture = mesh.capture("n1");
+        for node in ["n1", "n2"] {
+            l.world.agent(node).restart();
+        }
+        // Served over mutual TLS or refused, both are right.
+        throughout(Duration::from_secs(2), "the outsider is kept out", || {
+            if let Ok(stream) = client.connect(to) {
+                let _ = ping(&stream, TEXT);
+            }
+            call(&l.outsider, to).is_err()
+        });
+        assert!(!capture.stop().contains(TEXT), "plaintext passed with the manifest {text:?}");
+
+        mesh.manifests().label("fenced", MeshMode::Enabled);
+        l.world.wait_enrolled(&[&client, &server]);
+        let capture = mesh.capture("n1");
+        eventually(PATIENCE, "all is served again", || {
+            client.connect(to).is_ok_and(|stream| ping(&stream, TEXT).is_ok())
+        });
+        assert!(!capture.stop().contains(TEXT), "plaintext passed with the manifest mended");
+    }
+    mesh.manifests().remove("fenced-strict");
+    mesh.delete(client);
+    mesh.delete(server);
+}
+
+/// A cut-off body must not look like a whole one, whoever sends it.
+fn an_agent_that_ends_in_mid_transfer_resets(l: &Lifecycle) {
+    let end = |mut stream: &TcpStream| stream.read_to_end(&mut Vec::new()).map_err(|e| e.kind());
+    for (node, kill) in [("n1", true), ("n2", true), ("n1", false), ("n2", false)] {
+        // Across nodes, and on the node of the agent that ends.
+        let neighbour = if node == "n1" { &l.near } else { &l.far };
+        let local = if node == "n1" { l.client.clone() } else { l.world.mesh().pod("n2", "life/beside") };
+        l.world.wait_enrolled(&[&local]);
+        let pairs = [pair(&l.client, &l.far), pair(&local, neighbour)];
+        for (near, far) in &pairs {
+            for (mut from, mut to) in [(near, far), (far, near)] {
+                from.write_all(&[7; 100_000]).unwrap();
+                to.read_exact(&mut [0; 50_000]).unwrap();
+            }
+        }
+        let mut agent = l.world.agent(node);
+        if kill {
+            agent.kill();
+        } else {
+            // Nobody ends what is open: the time for draining runs out.
+            agent.process().signal(rustix::process::Signal::TERM);
+            assert!(agent.process().wait(Duration::from_secs(30)).success());
+        }
+        for (at, (near, far)) in pairs.iter().enumerate() {
+            for (side, stream) in [("client", near), ("server", far)] {
+                let what = format!("{side} of pair {at}, agent of {node} ended, killed: {kill}");
+                assert_eq!(end(stream), Err(std::io::ErrorKind::ConnectionReset), "{what}");
+            }
+        }
+        agent.restart();
+        drop(agent);
+        if node == "n2" {
+            l.world.mesh().delete(local);
+        }
+        let far = SocketAddr::new(l.far.v4(), echo_in(&l.far));
+        eventually(PATIENCE, "calls are served again", || call(&l.client, far).is_ok());
+    }
 }
 
 fn a_pod_label_goes_before_its_namespaces(l: &Lifecycle) {

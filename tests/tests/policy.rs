@@ -1,7 +1,7 @@
 //! Who may talk to whom: mTLS modes, authorization, probes; and that a change holds for connections that are open.
 
 use std::io::Read;
-use std::net::{SocketAddr, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,8 +9,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use mesh_tests::ring::{Case, Mode, World, meshed_only, run};
-use mesh_tests::traffic::{Refusal, SetOnDrop, call, echo, pair, ping, pour, refusal};
+use mesh_tests::traffic::{Refusal, SetOnDrop, accept, call, echo, pair, ping, port, pour, refusal};
 use mesh_tests::{Cgroup, Mesh, MeshMode, Pod, eventually, peer_binary, throughout};
+use socket2::Domain;
 
 struct Policy {
     world: World,
@@ -59,6 +60,7 @@ const CASES: &[Case<Policy>] = &[
     ("allow_by_principal", allow_by_principal),
     ("deny_by_namespace_and_port", deny_by_namespace_and_port),
     ("allow_by_address", allow_by_address),
+    ("case_23_a_policy_judges_the_pods_own_address", case_23_a_policy_judges_the_pods_own_address),
     ("deny_goes_before_allow", deny_goes_before_allow),
     ("audit_lets_pass", audit_lets_pass),
     ("a_rule_with_l7_fields_closes", a_rule_with_l7_fields_closes),
@@ -209,6 +211,71 @@ fn allow_by_address(p: &Policy) {
     let _allow = p.authorization("allow-bobs-address", &rule);
     p.becomes(&p.alice, &p.server, WEB, false);
     assert!(p.may(&p.bob, &p.server, WEB));
+}
+
+/// An address that is not a pod's own, on its loopback device, as who administers the pod's network can put it there.
+struct Borrowed<'p>(&'p Pod, IpAddr);
+
+impl<'p> Borrowed<'p> {
+    fn new(pod: &'p Pod, address: IpAddr) -> Self {
+        pod.netns().ip(&[&format!("addr add {address}/32 dev lo")]);
+        Self(pod, address)
+    }
+}
+
+impl Drop for Borrowed<'_> {
+    fn drop(&mut self) {
+        self.0.netns().ip(&[&format!("addr del {}/32 dev lo", self.1)]);
+    }
+}
+
+/// Connects and talks with a source that the client has chosen.
+fn call_from(client: &Pod, source: IpAddr, to: SocketAddr) -> std::io::Result<()> {
+    let socket = client.socket(Domain::IPV4);
+    socket.bind(&SocketAddr::new(source, 0).into()).expect("the pod has this address");
+    socket.connect_timeout(&to.into(), Duration::from_secs(5))?;
+    socket.set_read_timeout(Some(Duration::from_secs(5)))?;
+    ping(&TcpStream::from(socket), b"who am I?")
+}
+
+fn case_23_a_policy_judges_the_pods_own_address(p: &Policy) {
+    let block = |addresses: &[IpAddr]| {
+        let blocks: Vec<String> = addresses.iter().map(|address| format!("\"{address}/32\"")).collect();
+        format!("  action: ALLOW\n  rules:\n  - from:\n    - source:\n        ipBlocks: [{}]\n", blocks.join(", "))
+    };
+    let loopback = IpAddr::from([127, 0, 0, 1]);
+    let lender = p.world.mesh().pod("n1", "friends/lender");
+    p.world.wait_enrolled(&[&lender]);
+    let to = p.at(&p.server, WEB);
+    // On the server's node, and on another.
+    for client in [&p.neighbour, &p.alice] {
+        let _borrowed = Borrowed::new(client, lender.v4());
+        let sources = [loopback, lender.v4()];
+        {
+            let _allow = p.authorization("allow-forged", &block(&sources));
+            p.becomes(client, &p.server, WEB, false);
+            for source in sources {
+                let error = call_from(client, source, to).expect_err("an address that is not the pod's opens nothing");
+                let prompt = Refusal::Afterwards(Some(error.kind())).is_prompt();
+                assert!(prompt, "{} from {source}: {error}", client.name());
+            }
+            assert!(p.may(&lender, &p.server, WEB), "the true owner of the address");
+        }
+        let _allow = p.authorization("allow-own", &block(&[client.v4()]));
+        p.becomes(&lender, &p.server, WEB, false);
+        for source in sources {
+            let result = call_from(client, source, to);
+            result.unwrap_or_else(|e| panic!("{} from {source}, allowed by its own address: {e}", client.name()));
+            // And the server is told the same that the policy was.
+            let listener = p.server.listen();
+            let socket = client.socket(Domain::IPV4);
+            socket.bind(&SocketAddr::new(source, 0).into()).unwrap();
+            let to = SocketAddr::new(p.server.v4(), port(&listener));
+            socket.connect_timeout(&to.into(), Duration::from_secs(5)).unwrap();
+            assert_eq!(accept(&listener).1.ip().to_canonical(), client.v4(), "{} from {source}", client.name());
+        }
+    }
+    p.world.mesh().delete(lender);
 }
 
 fn deny_goes_before_allow(p: &Policy) {

@@ -298,6 +298,8 @@ impl Enrollment {
         };
         let snapshot = self.inputs.snapshot.load_full();
         let outside = snapshot.workloads().filter(|w| w.is_on(&self.inputs.node) && w.transport == Transport::Plain);
+        // Nor is a Namespace that is missing a word for leaving the mesh.
+        let outside = outside.filter(|w| w.mode_is_said);
         for cookie in outside.filter_map(|w| Netns::open(w.netns.as_deref()?).ok()).map(|netns| netns.cookie()) {
             if strangers.contains(&cookie)
                 && let Err(e) = self.inputs.redirect.unenroll(cookie)

@@ -23,6 +23,8 @@ pub struct Workload {
     pub locality: Locality,
     /// How other nodes reach it.
     pub transport: Transport,
+    /// Whether a manifest says so: its own label or a Namespace. Without either it is outside, but only for want of better.
+    pub mode_is_said: bool,
     /// Set by the annotation `nodemesh.io/netns`: where the pod's network namespace is, in standalone mode.
     pub netns: Option<PathBuf>,
     /// The policies that hold for connections *to* it.

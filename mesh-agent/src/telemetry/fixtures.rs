@@ -20,6 +20,7 @@ pub(crate) fn workload(namespace: &str, name: &str, address: &str) -> Arc<Worklo
         node: "a".into(),
         locality: Locality::default(),
         transport: Transport::Hbone,
+        mode_is_said: true,
         netns: None,
         policies: Arc::default(),
         mtls: MtlsModes::default(),

@@ -20,7 +20,14 @@ pub(super) struct Member<'a> {
     pub addresses: Vec<IpAddr>,
     uid: String,
     netns: Option<PathBuf>,
+    mode: Membership,
+}
+
+/// Whether a pod is in the mesh, and whether a manifest says so.
+#[derive(Clone, Copy)]
+struct Membership {
     enrolled: bool,
+    said: bool,
 }
 
 pub(super) fn places<'a>(nodes: &[In<'a, Node>]) -> Places<'a> {
@@ -34,19 +41,20 @@ pub(super) fn members<'a>(settings: &Settings, all: &Objects<'a>, problems: &mut
         .iter()
         .map(|n| (n.is.name.as_str(), n.is.mode.enabled(settings.istio_labels).unwrap_or(false)))
         .collect();
-    let mut present: Vec<(&In<'a, Pod>, bool)> = Vec::new();
+    let mut present: Vec<(&In<'a, Pod>, Membership)> = Vec::new();
     for pod in all.pods.iter().filter(|p| !p.is.ended) {
-        let of_namespace = namespaces.get(pod.is.namespace.as_str()).copied().unwrap_or(false);
-        let enrolled = pod.is.mode.enabled(settings.istio_labels).unwrap_or(of_namespace);
+        let own = pod.is.mode.enabled(settings.istio_labels);
+        let said = own.or_else(|| namespaces.get(pod.is.namespace.as_str()).copied());
+        let mode = Membership { enrolled: said.unwrap_or(false), said: said.is_some() };
         if pod.is.host_network {
             // It has the node's address and no network of its own: what it sends cannot be told from the node's.
-            if enrolled {
+            if mode.enrolled {
                 let message = "a pod in the host's network cannot be in the mesh and stays out of it: \
                                remove hostNetwork, or label the pod nodemesh.io/mode: disabled";
                 problems.push(problem(Severity::Warning, pod.at, "spec.hostNetwork", message));
             }
         } else if !pod.is.addresses.is_empty() {
-            present.push((pod, enrolled));
+            present.push((pod, mode));
         }
     }
     // The newest comes first and takes what it claims: an address that was given again belongs to the pod that got it.
@@ -56,9 +64,9 @@ pub(super) fn members<'a>(settings: &Settings, all: &Objects<'a>, problems: &mut
     });
     let mut claims = Claims::default();
     let mut members: Vec<Member<'a>> = Vec::new();
-    for (pod, enrolled) in present {
-        let member = claims.member(pod, enrolled, problems);
-        if enrolled {
+    for (pod, mode) in present {
+        let member = claims.member(pod, mode, problems);
+        if mode.enrolled {
             check_standalone(settings, pod, problems);
         }
         if !member.addresses.is_empty() {
@@ -78,7 +86,7 @@ struct Claims<'a> {
 }
 
 impl<'a> Claims<'a> {
-    fn member(&mut self, pod: &In<'a, Pod>, enrolled: bool, problems: &mut Vec<Problem>) -> Member<'a> {
+    fn member(&mut self, pod: &In<'a, Pod>, mode: Membership, problems: &mut Vec<Problem>) -> Member<'a> {
         let name = |p: &Pod| format!("{}/{}", p.namespace, p.name);
         let mut report = |field: &str, message: String| {
             problems.push(problem(Severity::Warning, pod.at, field, message));
@@ -119,7 +127,7 @@ impl<'a> Claims<'a> {
             }
             std::ptr::eq(owner, pod.is)
         });
-        Member { pod: pod.is, addresses, uid, netns: netns.cloned(), enrolled }
+        Member { pod: pod.is, addresses, uid, netns: netns.cloned(), mode }
     }
 }
 
@@ -165,7 +173,8 @@ pub(super) fn build(
             addresses: member.addresses.clone(),
             node: texts.get(&pod.node),
             locality: places.get(pod.node.as_str()).copied().cloned().unwrap_or_default(),
-            transport: if member.enrolled { Transport::Hbone } else { Transport::Plain },
+            transport: if member.mode.enrolled { Transport::Hbone } else { Transport::Plain },
+            mode_is_said: member.mode.said,
             netns: member.netns.clone(),
             policies: policies.of(pod, &member.addresses),
             mtls: mtls.of(pod),

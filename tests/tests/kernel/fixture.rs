@@ -538,57 +538,6 @@ pub fn map_keys(node: &Node, name: &str) -> usize {
     }
 }
 
-/// A connect4 program "foreign_conn" that lets all pass, attached as nobody does it any more: exclusively. The cgroup
-/// takes it along when it goes.
-pub fn attach_foreign_exclusively(cgroup: &Path) {
-    #[repr(C)]
-    #[derive(Default)]
-    struct Load {
-        kind: u32,
-        count: u32,
-        instructions: u64,
-        license: u64,
-        log: [u64; 2],
-        version_flags: u64,
-        name: [u8; 16],
-        ifindex: u32,
-        attach_type: u32,
-    }
-    #[repr(C)]
-    struct Attach {
-        target: u32,
-        program: u32,
-        attach_type: u32,
-        flags: u32,
-    }
-    const PROG_LOAD: u32 = 5;
-    const PROG_ATTACH: u32 = 8;
-    const SOCK_ADDR: u32 = 18;
-    const CONNECT4: u32 = 10;
-    // r0 = 1; exit
-    let instructions: [u64; 2] = [0x0000_0001_0000_00b7, 0x95];
-    let mut load = Load {
-        kind: SOCK_ADDR,
-        count: 2,
-        instructions: instructions.as_ptr() as u64,
-        license: c"GPL".as_ptr() as u64,
-        attach_type: CONNECT4,
-        ..Load::default()
-    };
-    load.name[..12].copy_from_slice(b"foreign_conn");
-    // SAFETY: a `repr(C)` prefix of the attributes of this command, its pointers valid.
-    let program = unsafe { libc::syscall(libc::SYS_bpf, PROG_LOAD, &raw mut load, size_of::<Load>()) };
-    assert!(program >= 0, "{}", io::Error::last_os_error());
-    let target = File::open(cgroup).expect("the cgroup");
-    let mut attach =
-        Attach { target: target.as_raw_fd() as u32, program: program as u32, attach_type: CONNECT4, flags: 0 };
-    // SAFETY: as above.
-    let result = unsafe { libc::syscall(libc::SYS_bpf, PROG_ATTACH, &raw mut attach, size_of::<Attach>()) };
-    assert_eq!(result, 0, "{}", io::Error::last_os_error());
-    // SAFETY: nobody else has it.
-    drop(unsafe { <std::os::fd::OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(program as i32) });
-}
-
 /// `::ffff:a.b.c.d`
 pub fn mapped(addr: SocketAddr) -> SocketAddr {
     match addr.ip() {

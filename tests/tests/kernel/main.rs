@@ -450,7 +450,7 @@ fn only_probes_of_the_probe_cgroup_reach_the_app() {
 #[test]
 fn a_foreign_exclusive_program_is_named() {
     let cgroup = Cgroup::new();
-    attach_foreign_exclusively(&cgroup.path);
+    mesh_tests::attach_foreign(&cgroup.path, mesh_tests::Attachment::Exclusive, 1).unwrap();
     let mut node = Node::without_programs();
     node.options.cgroup = Some(cgroup.path.clone());
     let error = node.netns.run(|| Redirect::start(&node.options)).unwrap_err();

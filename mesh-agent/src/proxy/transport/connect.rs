@@ -100,3 +100,19 @@ fn transparent(socket: &Socket, v4: bool) -> io::Result<()> {
         set_option(socket, libc::SOL_IPV6, libc::IPV6_TRANSPARENT, 1)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// With TCP_USER_TIMEOUT the kernel ends a connection whose reader keeps its window shut for that long.
+    #[tokio::test]
+    async fn a_reader_may_pause_for_ever() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let tcp = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        keep_alive(&tcp);
+        let socket = socket2::SockRef::from(&tcp);
+        assert!(socket.keepalive().unwrap());
+        assert_eq!(socket.tcp_user_timeout().unwrap(), None);
+    }
+}

@@ -75,7 +75,7 @@ struct OnlyMetadata {
 
 pub(in crate::translate) fn namespace(object: &Object, report: &mut Report) -> Option<Namespace> {
     let OnlyMetadata { metadata } = report.read(object)?;
-    let mode = mode(&metadata.labels, "the namespace stays out of the mesh", report);
+    let mode = mode(&metadata.labels, None, report);
     report.unless_broken(Namespace { name: metadata.name, mode })
 }
 
@@ -93,19 +93,32 @@ pub(in crate::translate) fn service_account(object: &Object, report: &mut Report
     Some(())
 }
 
-fn mode(labels: &Labels, otherwise: &str, report: &mut Report) -> Mode {
-    let mut read = |label: &str, yes: &str, no: &str| match labels.get(label).map(String::as_str) {
-        None => None,
-        Some(value) if value == yes => Some(true),
-        Some(value) if value == no => Some(false),
-        Some(value) => {
-            let message = format!("`{value}` is no mode, so {otherwise}: use {yes} or {no}");
-            report.warning(&format!("metadata.labels[{label}]"), message);
-            None
-        }
-    };
+/// `otherwise` says what holds in place of a wrong label. Where nothing does, the object is broken: a slip of the pen must
+/// not take a namespace out of the mesh.
+fn mode(labels: &Labels, otherwise: Option<&str>, report: &mut Report) -> Mode {
+    let mut read =
+        |label: &str, yes: &str, no: &str, otherwise: Option<&str>| match labels.get(label).map(String::as_str) {
+            None => None,
+            Some(value) if value == yes => Some(true),
+            Some(value) if value == no => Some(false),
+            Some(value) => {
+                let field = format!("metadata.labels[{label}]");
+                match otherwise {
+                    Some(otherwise) => {
+                        report.warning(&field, format!("`{value}` is no mode, so {otherwise}: use {yes} or {no}"));
+                    }
+                    None => report.error(&field, format!("`{value}` is no mode: use {yes} or {no}")),
+                }
+                None
+            }
+        };
     Mode {
-        nodemesh: read("nodemesh.io/mode", "enabled", "disabled"),
-        istio: read("istio.io/dataplane-mode", "ambient", "none"),
+        nodemesh: read("nodemesh.io/mode", "enabled", "disabled", otherwise),
+        istio: read(
+            "istio.io/dataplane-mode",
+            "ambient",
+            "none",
+            Some(otherwise.unwrap_or("the label is passed over")),
+        ),
     }
 }

@@ -106,7 +106,7 @@ const NETNS: &str = "nodemesh.io/netns";
 
 pub(in crate::translate) fn pod(object: &Object, report: &mut Report) -> Option<Pod> {
     let Manifest { metadata, spec, status } = report.read(object)?;
-    let mode = mode(&metadata.labels, "the pod follows its namespace", report);
+    let mode = mode(&metadata.labels, Some("the pod follows its namespace"), report);
     let namespace = object.reference().namespace.clone();
     let service_account = spec.service_account_name.filter(|n| !n.is_empty()).or(spec.service_account);
     let service_account = service_account.filter(|n| !n.is_empty()).unwrap_or_else(|| "default".into());

@@ -31,6 +31,7 @@ fn workload(policies: Vec<AuthorizationPolicy>, mode: MtlsMode) -> Workload {
         node: text("n"),
         locality: Locality::default(),
         transport: Transport::Hbone,
+        mode_is_said: true,
         netns: None,
         policies: Arc::new(WorkloadPolicies { policies: policies.into_iter().map(Arc::new).collect() }),
         mtls: MtlsModes { default: mode, ..Default::default() },
