@@ -387,6 +387,49 @@ fn hbone_carries_many_connections_at_once() {
     });
 }
 
+/// ztunnel opens so many before it has heard how many the server allows (RFC 9113, 6.5.2: it should be no fewer).
+#[test]
+fn a_client_of_hbone_may_have_a_hundred_open_at_once() {
+    on_worker(async {
+        let (near, far) = Pki::new().await.tunnel(Tunnel::Hbone).await;
+        let handle = |incoming: hbone::Incoming| async move {
+            let _open = incoming.accept().unwrap();
+            forever().await;
+        };
+        tokio::task::spawn_local(hbone::serve(far, handle, forever()));
+        let connection = hbone::Connection::start(near).await.unwrap();
+        let baggage = http::HeaderValue::from_static("");
+        let mut open = Vec::new();
+        for _ in 0..100 {
+            open.push(hbone::open(&connection, target(TARGET), &baggage).await.unwrap().unwrap());
+        }
+    });
+}
+
+/// Not as CANCEL, which ztunnel hands to its application as an orderly end.
+#[test]
+fn a_reset_crosses_hbone_as_a_connect_error() {
+    on_worker(async {
+        let (near, far) = Pki::new().await.tunnel(Tunnel::Hbone).await;
+        let (streams, mut served) = tokio::sync::mpsc::unbounded_channel();
+        let handle = move |incoming: hbone::Incoming| {
+            let streams = streams.clone();
+            async move { streams.send(incoming.accept().unwrap()).unwrap() }
+        };
+        tokio::task::spawn_local(hbone::serve(far, handle, forever()));
+        let connection = hbone::Connection::start(near).await.unwrap();
+        let baggage = http::HeaderValue::from_static("");
+        let (send, receive) = hbone::open(&connection, target(TARGET), &baggage).await.unwrap().unwrap();
+        let (_send, mut body) = served.recv().await.unwrap();
+        let (client, agent) = pair().await;
+        super::io::reset(client);
+        let end = hbone::relay(agent, send, receive, Side::Client, &Counts::default(), forever()).await;
+        assert!(matches!(end, hbone::End::LocalReset(_)), "{end:?}");
+        let seen = body.data().await.unwrap().unwrap_err();
+        assert_eq!(seen.reason(), Some(h2::Reason::CONNECT_ERROR));
+    });
+}
+
 #[test]
 fn a_stream_whose_reader_stands_still_does_not_stop_the_others() {
     on_worker(async {
@@ -409,32 +452,31 @@ fn a_stream_whose_reader_stands_still_does_not_stop_the_others() {
         let baggage = http::HeaderValue::from_static("");
         let mut clients = Vec::new();
         let mut stuck = Vec::new();
-        // As many as may share the connection, all but the last with a server that reads nothing.
-        for n in 0..hbone::MAX_STREAMS {
-            let _place = connection.place().unwrap();
+        // As many as may share the connection; all but the last have a server that reads nothing.
+        for _ in 0..hbone::MAX_STREAMS {
+            let place = connection.place().unwrap();
             let (send, receive) = hbone::open(&connection, target(TARGET), &baggage).await.unwrap().unwrap();
             let (client, agent) = pair().await;
             tokio::task::spawn_local(async move {
-                let _place = _place;
+                let _place = place;
                 hbone::relay(agent, send, receive, Side::Client, &Counts::default(), forever()).await;
             });
-            let server = served.recv().await.unwrap();
-            if n + 1 < hbone::MAX_STREAMS {
-                stuck.push(server);
-                // Fills every buffer on the way: until the socket takes no more for a while.
-                let bytes = vec![0; 65536];
-                while tokio::time::timeout(Duration::from_millis(50), client.writable()).await.is_ok() {
-                    drop(client.try_write(&bytes));
-                }
-                clients.push(client);
-            } else {
-                let (mut client, mut server) = (client, server);
-                client.write_all(b"small").await.unwrap();
-                let mut small = [0; 5];
-                server.read_exact(&mut small).await.unwrap();
-                assert_eq!(&small, b"small");
-            }
+            stuck.push(served.recv().await.unwrap());
+            clients.push(client);
         }
+        let (mut client, mut server) = (clients.pop().unwrap(), stuck.pop().unwrap());
+        // Fills every buffer on the way: until no socket takes more for a while.
+        let bytes = vec![0; 65536];
+        futures_util::future::join_all(clients.iter().map(|client| async {
+            while tokio::time::timeout(Duration::from_millis(500), client.writable()).await.is_ok() {
+                drop(client.try_write(&bytes));
+            }
+        }))
+        .await;
+        client.write_all(b"small").await.unwrap();
+        let mut small = [0; 5];
+        server.read_exact(&mut small).await.unwrap();
+        assert_eq!(&small, b"small");
     });
 }
 
