@@ -406,7 +406,7 @@ fn a_client_of_hbone_may_have_a_hundred_open_at_once() {
     });
 }
 
-/// Not as CANCEL, which ztunnel hands to its application as an orderly end.
+/// As RFC 9113 (8.5) wants it, and not as CANCEL, which ztunnel reads as the stream's end.
 #[test]
 fn a_reset_crosses_hbone_as_a_connect_error() {
     on_worker(async {

@@ -67,7 +67,7 @@ pub async fn relay(
             Err(end) => end,
         },
     };
-    // What RFC 9113 has for a connection that broke behind a CONNECT. ztunnel takes CANCEL for an orderly end.
+    // What RFC 9113 (8.5) has for a connection that broke behind a CONNECT; ztunnel reads CANCEL as the stream's end.
     send.send_reset(Reason::CONNECT_ERROR);
     sock::reset(app);
     end
