@@ -368,6 +368,7 @@ fn sigterm_drains(l: &Lifecycle) {
     drop(stream);
     // ... and when it has, the agent ends by itself.
     agent.stop();
+    assert!(!agent.log().contains("cannot accept"), "listeners that it shut down itself are no fault");
     refused_promptly(&l.client, far, "a stopped agent is as closed as a dead one");
     agent.restart();
     drop(agent);

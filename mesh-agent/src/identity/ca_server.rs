@@ -300,6 +300,7 @@ impl Signer {
             tracing::error!(%problem, %identity, "the CA can't sign");
             Status::unavailable("the CA can't sign at present; see the controller's log")
         })?;
+        self.ca.has_signed_for(node);
         tracing::debug!(node, %identity, "signed");
         let mut cert_chain: Vec<String> = chain.iter().map(|der| certificate_pem(der)).collect();
         cert_chain.push(self.ca.bundle().pem());

@@ -33,7 +33,7 @@ pub struct Accepted {
 /// After an error that a retry at once would only repeat (no file descriptors left).
 const PAUSE: Duration = Duration::from_millis(50);
 
-/// Accepts until the task is dropped.
+/// Accepts until the task is dropped or the listener is shut down.
 pub async fn run(worker: Rc<Worker>, pod: Arc<LocalPod>, gate: Gate) {
     let listener = match gate {
         Gate::Outbound => &pod.pod.outbound,
@@ -59,6 +59,8 @@ pub async fn run(worker: Rc<Worker>, pod: Arc<LocalPod>, gate: Gate) {
                 let Some(peer) = peer.and_then(canonical) else { continue };
                 worker.dispatch(pod.clone(), gate, socket.into(), peer);
             }
+            // Shut down, since the pod leaves or the agent drains: nobody comes here any more.
+            Err(e) if e.kind() == io::ErrorKind::InvalidInput => return,
             Err(e) => {
                 // A connection that was reset before we took it is no fault of the listener.
                 let gone = matches!(e.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted);

@@ -322,6 +322,22 @@ async fn a_change_of_the_root_goes_on_after_a_restart_in_each_phase() {
     assert_eq!(ca.bundle().fingerprints(), [new], "the old root fell due while nothing ran");
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_node_that_never_says_what_it_trusts_is_waited_for_until_its_certificates_are_new() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = rotation_options(dir.path());
+    let ca = Ca::open(options.clone()).unwrap();
+    let old = ca.bundle().fingerprints()[0].clone();
+    ca.has_signed_for("ztunnel");
+    let new = ca.rotate_root().unwrap();
+    tokio::time::advance(options.lifetime - SECOND).await;
+    ca.advance().unwrap();
+    assert_eq!(ca.bundle().fingerprints(), [old.clone(), new.clone()], "a certificate of before is still in use");
+    tokio::time::advance(2 * SECOND).await;
+    ca.advance().unwrap();
+    assert_eq!(ca.bundle().fingerprints(), [new, old]);
+}
+
 async fn meet(certificates: &Certificates) -> Pair {
     let tls = certificates.get(&id("web")).unwrap();
     handshake(tls.client.clone(), tls.server.clone()).await.unwrap()

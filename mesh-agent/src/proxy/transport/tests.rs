@@ -66,12 +66,12 @@ async fn pair() -> (TcpStream, TcpStream) {
     (near.unwrap(), far.unwrap().0)
 }
 
-/// Runs a test on one thread, as a worker is, and fails it after ten seconds.
+/// Runs a test on one thread, as a worker is, and fails it after two minutes.
 fn on_worker<F: Future<Output = ()>>(test: F) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let tasks = LocalSet::new();
     tasks.block_on(&runtime, async {
-        tokio::time::timeout(Duration::from_secs(30), test).await.expect("the test hangs");
+        tokio::time::timeout(Duration::from_secs(120), test).await.expect("the test hangs");
     });
 }
 
@@ -384,6 +384,49 @@ fn hbone_carries_many_connections_at_once() {
         }
         tasks.join_all().await;
         assert!(connection.is_idle());
+    });
+}
+
+/// ztunnel opens so many before it has heard how many the server allows (RFC 9113, 6.5.2: it should be no fewer).
+#[test]
+fn a_client_of_hbone_may_have_a_hundred_open_at_once() {
+    on_worker(async {
+        let (near, far) = Pki::new().await.tunnel(Tunnel::Hbone).await;
+        let handle = |incoming: hbone::Incoming| async move {
+            let _open = incoming.accept().unwrap();
+            forever().await;
+        };
+        tokio::task::spawn_local(hbone::serve(far, handle, forever()));
+        let connection = hbone::Connection::start(near).await.unwrap();
+        let baggage = http::HeaderValue::from_static("");
+        let mut open = Vec::new();
+        for _ in 0..100 {
+            open.push(hbone::open(&connection, target(TARGET), &baggage).await.unwrap().unwrap());
+        }
+    });
+}
+
+/// As RFC 9113 (8.5) wants it, and not as CANCEL, which ztunnel reads as the stream's end.
+#[test]
+fn a_reset_crosses_hbone_as_a_connect_error() {
+    on_worker(async {
+        let (near, far) = Pki::new().await.tunnel(Tunnel::Hbone).await;
+        let (streams, mut served) = tokio::sync::mpsc::unbounded_channel();
+        let handle = move |incoming: hbone::Incoming| {
+            let streams = streams.clone();
+            async move { streams.send(incoming.accept().unwrap()).unwrap() }
+        };
+        tokio::task::spawn_local(hbone::serve(far, handle, forever()));
+        let connection = hbone::Connection::start(near).await.unwrap();
+        let baggage = http::HeaderValue::from_static("");
+        let (send, receive) = hbone::open(&connection, target(TARGET), &baggage).await.unwrap().unwrap();
+        let (_send, mut body) = served.recv().await.unwrap();
+        let (client, agent) = pair().await;
+        super::io::reset(client);
+        let end = hbone::relay(agent, send, receive, Side::Client, &Counts::default(), forever()).await;
+        assert!(matches!(end, hbone::End::LocalReset(_)), "{end:?}");
+        let seen = body.data().await.unwrap().unwrap_err();
+        assert_eq!(seen.reason(), Some(h2::Reason::CONNECT_ERROR));
     });
 }
 

@@ -20,8 +20,9 @@ use super::session::{Counts, Side};
 /// What one stream may have under way. Small against the connection's window, so that streams whose readers are slow
 /// cannot take it all from the others (ztunnel#1945).
 const STREAM_WINDOW: u32 = 512 * 1024;
-/// Streams that share a connection.
-pub const MAX_STREAMS: u32 = 64;
+/// Streams that share a connection. More than the hundred that RFC 9113 recommends at least: ztunnel puts so many on one
+/// connection before it has read our limit, and those beyond it would wait, open to their clients, for another's end.
+pub const MAX_STREAMS: u32 = 128;
 /// Room for all streams at once: no stream ever waits for another's reader.
 const CONNECTION_WINDOW: u32 = STREAM_WINDOW * MAX_STREAMS;
 /// Short frames, so that a small stream's bytes come soon after a bulk stream's.
@@ -66,7 +67,8 @@ pub async fn relay(
             Err(end) => end,
         },
     };
-    send.send_reset(Reason::CANCEL);
+    // What RFC 9113 (8.5) has for a connection that broke behind a CONNECT; ztunnel reads CANCEL as the stream's end.
+    send.send_reset(Reason::CONNECT_ERROR);
     sock::reset(app);
     end
 }
