@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 use serde_json::Value;
 
+use crate::cgroup;
 use crate::http;
 use crate::mesh::{Mesh, Node, fresh_log};
 use crate::netns::Netns;
@@ -267,8 +268,14 @@ fn find_pod(json: &Value, pod: &Pod) -> Option<bool> {
     }
 }
 
+/// In the cgroup that `--cgroup` names, where it does: an agent must be in it.
 fn start(name: &str, netns: &Netns, arguments: &[OsString], log: &Path) -> Process {
-    let mut command = netns.command(&agent_binary().display().to_string());
+    let binary = agent_binary().display().to_string();
+    let cgroup = arguments.iter().skip_while(|argument| *argument != "--cgroup").nth(1);
+    let mut command = match cgroup {
+        Some(cgroup) => cgroup::within(Path::new(cgroup), netns.command("sh"), &binary),
+        None => netns.command(&binary),
+    };
     command.args(arguments);
     Process::start(name, command, log)
 }

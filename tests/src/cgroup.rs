@@ -28,10 +28,16 @@ impl Cgroup {
     }
 
     /// A command that runs `program` in this cgroup, wherever `outer` (a pod's or node's command of `sh`) puts it.
-    pub fn within(&self, mut outer: Command, program: &str, args: &[&str]) -> Command {
-        outer.args(["-c", "echo $$ > \"$0\"/cgroup.procs && exec \"$@\""]).arg(&self.path).arg(program).args(args);
-        outer
+    pub fn within(&self, outer: Command, program: &str, args: &[&str]) -> Command {
+        let mut command = within(&self.path, outer, program);
+        command.args(args);
+        command
     }
+}
+
+pub(crate) fn within(cgroup: &Path, mut outer: Command, program: &str) -> Command {
+    outer.args(["-c", "echo $$ > \"$0\"/cgroup.procs && exec \"$@\""]).arg(cgroup).arg(program);
+    outer
 }
 
 impl Drop for Cgroup {

@@ -106,9 +106,10 @@ fn of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<Exit> {
 
 fn of_redirect(error: &RedirectError) -> Option<Exit> {
     match error {
-        RedirectError::NotCgroup2 { .. } | RedirectError::NotBpffs { .. } | RedirectError::NodeName { .. } => {
-            Some(Exit::Usage)
-        }
+        RedirectError::NotCgroup2 { .. }
+        | RedirectError::NotInCgroup { .. }
+        | RedirectError::NotBpffs { .. }
+        | RedirectError::NodeName { .. } => Some(Exit::Usage),
         RedirectError::Capability { .. } => Some(Exit::NoPermission),
         RedirectError::Cgroup { source, .. }
         | RedirectError::Bpffs { source, .. }

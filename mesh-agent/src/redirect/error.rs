@@ -13,6 +13,10 @@ pub enum RedirectError {
     NoCgroup2,
     #[error("{path} is not in a cgroup2 hierarchy; name a folder below the cgroup2 mount, which is in /proc/mounts")]
     NotCgroup2 { path: PathBuf },
+    #[error(
+        "the agent is not in the cgroup {path}, so the kernel could not tell its connections from those of pods; name a cgroup that holds the agent and the pods, or none for the root"
+    )]
+    NotInCgroup { path: PathBuf },
     #[error("cannot open cgroup {path}: {source}; check the path in the settings")]
     Cgroup { path: PathBuf, source: io::Error },
     #[error("no bpffs at {path} and it cannot be mounted: {source}; run: mount -t bpf bpf {path}")]

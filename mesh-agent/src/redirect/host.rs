@@ -31,6 +31,12 @@ impl Cgroup {
         Ok(Self { path: path.to_owned(), file, id })
     }
 
+    /// Whether the kernel runs programs at this cgroup for what this process does.
+    pub fn holds_this_process(&self) -> bool {
+        // The root has no such file, and holds all.
+        !self.path.join("cgroup.type").exists() || is_in_tree(&self.path, &std::process::id().to_string())
+    }
+
     /// The settings' cgroup, or the root of the hierarchy.
     pub fn for_programs(wanted: Option<&Path>) -> Result<Self, RedirectError> {
         let found = match wanted {
@@ -43,6 +49,15 @@ impl Cgroup {
         };
         Self::open(&found)
     }
+}
+
+/// Looks for the process in the folder's tree. /proc/self/cgroup would say where it is, but in the terms of the process's
+/// own cgroup namespace, which the folder may be above.
+fn is_in_tree(folder: &Path, pid: &str) -> bool {
+    let procs = fs::read_to_string(folder.join("cgroup.procs")).unwrap_or_default();
+    let folders = || fs::read_dir(folder).into_iter().flatten().flatten();
+    procs.lines().any(|line| line == pid)
+        || folders().any(|entry| entry.file_type().is_ok_and(|t| t.is_dir()) && is_in_tree(&entry.path(), pid))
 }
 
 /// The first cgroup2 mount in the text of /proc/mounts. Hybrid machines have it at /sys/fs/cgroup/unified.

@@ -138,6 +138,9 @@ impl Redirect {
                 attach::to_cgroup(&mut object, name, cgroup, &pin)?;
             }
         }
+        if !cgroup.holds_this_process() {
+            return Err(RedirectError::NotInCgroup { path: cgroup.path.clone() });
+        }
         // Only now: enrolled pods were redirected by the older programs up to here. Both together do no harm.
         for folder in pins.older_programs()? {
             pins::remove_links(&folder)?;

@@ -481,6 +481,11 @@ fn a_wrong_cgroup_or_bpffs_is_named() {
     node.options.cgroup = Some("/proc".into());
     let error = node.netns.run(|| Redirect::start(&node.options)).unwrap_err();
     assert!(matches!(error, RedirectError::NotCgroup2 { .. }), "{error}");
+    let elsewhere = Cgroup::new();
+    node.options.cgroup = Some(elsewhere.path.clone());
+    let error = node.netns.run(|| Redirect::start(&node.options)).unwrap_err();
+    assert!(matches!(error, RedirectError::NotInCgroup { .. }), "{error}");
+    assert!(!node.options.bpffs.join("nodemesh").exists(), "nothing of the failed start is left");
     node.options.cgroup = None;
     let good = std::mem::replace(&mut node.options.bpffs, "/proc/no-bpffs-here".into());
     let error = node.netns.run(|| Redirect::start(&node.options)).unwrap_err();

@@ -351,6 +351,7 @@ fn exit_codes_follow_the_cause() {
         (RedirectError::Capability { missing: "CAP_BPF" }, Exit::NoPermission),
         (RedirectError::Bpffs { path: path.clone(), source: denied() }, Exit::NoPermission),
         (RedirectError::NotCgroup2 { path: path.clone() }, Exit::Usage),
+        (RedirectError::NotInCgroup { path: path.clone() }, Exit::Usage),
         (RedirectError::NoCgroup2, Exit::Unavailable),
         (RedirectError::Load { program: "p".into(), kernel: "5.4".into(), reason: "r".into() }, Exit::Unavailable),
     ] {
