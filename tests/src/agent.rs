@@ -118,10 +118,15 @@ impl Mesh {
 
     /// Runs `mesh-agent node --cleanup` for a node whose agent is gone.
     pub fn cleanup(&self, node: &str) -> Output {
+        self.cleanup_by(node, &admin_socket(self, self.get_node(node)))
+    }
+
+    /// The same by another admin socket, at which nobody answers.
+    pub fn cleanup_by(&self, node: &str, admin_socket: &Path) -> Output {
         let node = self.get_node(node);
         let mut command = node.netns().command(&agent_binary().display().to_string());
         command.args(["node", "--cleanup", "--node-name", node.name(), "--bpffs"]).arg(self.bpffs(node.name()));
-        command.arg("--admin-socket").arg(admin_socket(self, node));
+        command.arg("--admin-socket").arg(admin_socket);
         run(command)
     }
 }

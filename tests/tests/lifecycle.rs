@@ -50,6 +50,7 @@ const CASES: &[Case<Lifecycle>] = &[
     ("a_pod_label_goes_before_its_namespaces", a_pod_label_goes_before_its_namespaces),
     ("a_pod_whose_lo_is_down_is_told_what_to_do", a_pod_whose_lo_is_down_is_told_what_to_do),
     ("sigterm_drains", sigterm_drains),
+    ("a_running_agent_is_neither_doubled_nor_cleaned_away", a_running_agent_is_neither_doubled_nor_cleaned_away),
     ("cleanup_leaves_nothing", cleanup_leaves_nothing),
 ];
 
@@ -373,6 +374,28 @@ fn sigterm_drains(l: &Lifecycle) {
     agent.restart();
     drop(agent);
     call(&l.client, far).unwrap();
+}
+
+fn a_running_agent_is_neither_doubled_nor_cleaned_away(l: &Lifecycle) {
+    const UNAVAILABLE: i32 = 69;
+    let mesh = l.world.mesh();
+    let elsewhere = mesh.dir().join("nobody.sock");
+    let cleaned = mesh.cleanup_by("n1", &elsewhere);
+    assert_eq!(cleaned.code, Some(UNAVAILABLE), "{}", cleaned.stderr);
+    assert!(cleaned.stderr.contains("an agent for node n1 is running already"), "{}", cleaned.stderr);
+    // With ports and files of its own: what it would share is in the kernel.
+    let binary = mesh_tests::agent_binary().display().to_string();
+    let mut double = l.world.agent("n1").node().netns().command(&binary);
+    double.args(["node", "--node-name", "n1", "--embedded-ca", "--metrics-address", "127.0.0.1:0"]);
+    double.args(["--readiness-address", "127.0.0.1:0", "--admin-socket"]).arg(&elsewhere);
+    double.arg("--state-dir").arg(mesh.dir().join("state-double")).arg("--bpffs").arg(mesh.bpffs("n1"));
+    let double = double.arg("--config-dir").arg(mesh.manifests().folder()).output().unwrap();
+    let said = String::from_utf8_lossy(&[double.stdout, double.stderr].concat()).into_owned();
+    assert_eq!(double.status.code(), Some(UNAVAILABLE), "{said}");
+    assert!(said.contains("an agent for node n1 is running already"), "{said}");
+    let far = SocketAddr::new(l.far.v4(), echo_in(&l.far));
+    call(&l.client, far).unwrap();
+    assert!(l.world.agent("n1").is_enrolled(&l.client), "still in the mesh");
 }
 
 fn cleanup_leaves_nothing(l: &Lifecycle) {

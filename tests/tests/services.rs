@@ -42,6 +42,7 @@ const CASES: &[Case<Services>] = &[
     ("a_cluster_ip_leads_to_an_endpoint", a_cluster_ip_leads_to_an_endpoint),
     ("endpoints_share_the_load", endpoints_share_the_load),
     ("endpoints_that_are_not_ready_get_nothing", endpoints_that_are_not_ready_get_nothing),
+    ("an_endpoint_that_takes_no_connection_is_left_behind", an_endpoint_that_takes_no_connection_is_left_behind),
     ("a_service_without_endpoints_is_refused", a_service_without_endpoints_is_refused),
     ("a_port_the_service_has_not_is_refused", a_port_the_service_has_not_is_refused),
     ("outsiders_and_members_talk_when_permissive", outsiders_and_members_talk_when_permissive),
@@ -120,6 +121,45 @@ fn endpoints_that_are_not_ready_get_nothing(s: &Services) {
 fn census_or_nothing(s: &Services, to: SocketAddr) -> usize {
     let names: Vec<String> = (0..12).filter_map(|_| who(&s.client, to)).collect();
     names.iter().collect::<std::collections::HashSet<_>>().len()
+}
+
+/// Also for a client that speaks first, whose first bytes have gone along.
+fn an_endpoint_that_takes_no_connection_is_left_behind(s: &Services) {
+    const PORT: u16 = 8001;
+    let [well, sick] = [&*s.servers[1], &*s.servers[2]];
+    let listener = well.listen_on(&format!("[::]:{PORT}"));
+    thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            thread::spawn(move || {
+                let mut stream = stream;
+                let mut asked = [0; 4];
+                let _ = stream.read_exact(&mut asked).and_then(|()| stream.write_all(&asked));
+            });
+        }
+    });
+    let full = sick.listen_on(&format!("[::]:{PORT}"));
+    rustix::net::listen(&full, 0).unwrap();
+    let at = SocketAddr::new(sick.v4(), PORT);
+    let fill = || sick.run(|| TcpStream::connect_timeout(&at, Duration::from_millis(300)).ok());
+    let _queue: Vec<TcpStream> = std::iter::from_fn(fill).take(100).collect();
+    let ips = s.world.mesh().manifests().service("svc/one-sick", &[(80, PORT)], &[well, sick]);
+    let to = SocketAddr::new(ips.v4, 80);
+    let ask = || {
+        let mut stream = s.client.connect(to)?;
+        stream.set_read_timeout(Some(Duration::from_secs(30)))?;
+        stream.write_all(b"ping")?;
+        let mut answer = [0; 4];
+        stream.read_exact(&mut answer).map(|()| answer)
+    };
+    eventually(PATIENCE, "the service is known", || ask().is_ok());
+    // Endpoints are asked in turn: some of these meet the sick one first.
+    for call in 0..4 {
+        assert_eq!(ask().unwrap_or_else(|e| panic!("call {call}: {e}")), *b"ping");
+    }
+    let log = s.world.agent("n2").log();
+    let refused =
+        log.lines().filter(|line| line.contains("connection failed") && line.contains(&at.to_string())).count();
+    assert!(refused > 0, "no call met the sick endpoint: {log}");
 }
 
 fn a_service_without_endpoints_is_refused(s: &Services) {
@@ -233,7 +273,7 @@ fn a_bulk_stream_does_not_block_a_small_one(s: &Services) {
         drop(stop);
         near.shutdown(std::net::Shutdown::Both).unwrap();
         // Two busy cores and four threads: far above what a stream of its own costs, far below a window's wait.
-        assert!(worst < Duration::from_millis(100), "a ping took {worst:?}");
+        assert!(worst < Duration::from_millis(500), "a ping took {worst:?}");
     });
 }
 

@@ -116,7 +116,8 @@ fn of_redirect(error: &RedirectError) -> Option<Exit> {
         | RedirectError::Attach { source, .. }
         | RedirectError::Pin { source, .. } => of_io(source.kind()).or(Some(Exit::Unavailable)),
         // The machine is not what it has to be; another kernel or another owner would mend it.
-        RedirectError::NoCgroup2
+        RedirectError::Running { .. }
+        | RedirectError::NoCgroup2
         | RedirectError::Load { .. }
         | RedirectError::Object { .. }
         | RedirectError::ForeignExclusive { .. }

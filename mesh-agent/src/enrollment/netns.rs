@@ -12,7 +12,7 @@ use std::sync::OnceLock;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use socket2::{Domain, Protocol, Socket, Type};
 
-use super::sockets::{Use, bound_buffers};
+use super::sockets::{Use, bound_buffers, reset_on_close};
 use crate::redirect::NetnsCookie;
 
 /// The namespace that this process was started in; every thread of ours is at home there.
@@ -143,6 +143,9 @@ fn listen(port: u16) -> io::Result<TcpListener> {
         _ => Use::Plain,
     };
     bound_buffers(&socket, what_for)?;
+    if what_for != Use::Tunnel {
+        reset_on_close(&socket)?;
+    }
     // What is sent out of band keeps its place among the bytes; the application behind us gets it so.
     socket.set_out_of_band_inline(true)?;
     socket.bind(&any.into())?;

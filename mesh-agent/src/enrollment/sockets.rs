@@ -3,6 +3,7 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
+use std::time::Duration;
 
 use socket2::Socket;
 
@@ -40,6 +41,12 @@ pub fn bound_buffers(socket: &Socket, what_for: Use) -> io::Result<()> {
         Use::Plain => {}
     }
     set_option(socket, libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, UNSENT)
+}
+
+/// From now on an end that nobody meant (the agent is killed, a task is dropped) resets the connection: an orderly one would
+/// pass a cut-off stream for a whole one. Accepted sockets inherit it from their listener.
+pub fn reset_on_close(socket: &Socket) -> io::Result<()> {
+    socket.set_linger(Some(Duration::ZERO))
 }
 
 /// Sets an option that socket2 does not know.

@@ -3,6 +3,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::net::TcpStream;
 
@@ -13,14 +14,15 @@ use super::worker::{LocalPod, Worker};
 use crate::model::{Snapshot, Workload};
 use crate::telemetry::{Facts, Party, Reporter, Security};
 
-/// Connects to the application in its pod, as the client.
+/// Connects to the application in its pod, as the client; `wait`: for so long at most.
 pub async fn connect(
     worker: &Worker,
     pod: &LocalPod,
     client: IpAddr,
     address: SocketAddr,
+    wait: Duration,
 ) -> Result<TcpStream, ConnError> {
-    transport::connect::to_application(&pod.pod, &worker.shared.redirect, client, address)
+    transport::connect::to_application(&pod.pod, &worker.shared.redirect, client, address, wait)
         .await
         .map_err(|source| ConnError::Connect { address, source })
 }

@@ -25,6 +25,8 @@ pub enum ConnError {
     Connect { address: SocketAddr, source: io::Error },
     #[error("cannot reach {address}: no answer in time; a NetworkPolicy may block port 15008")]
     ConnectTimeout { address: SocketAddr },
+    #[error("the agent of {address} does not answer, though it took the tunnel; see its log")]
+    NoAnswer { address: SocketAddr },
     #[error("no mutual TLS with {address}: {source}")]
     Handshake { address: SocketAddr, source: HandshakeError },
     #[error("{address} is {found}, not {wanted}")]
@@ -62,7 +64,7 @@ impl ConnError {
             Self::Denied(_) => ResponseFlag::Denied,
             Self::NoSuchPort { .. } | Self::Outside(_) => ResponseFlag::NoRoute,
             Self::NoEndpoint(_) => ResponseFlag::NoHealthyUpstream,
-            Self::Connect { .. } | Self::ConnectTimeout { .. } => ResponseFlag::ConnectFailure,
+            Self::Connect { .. } | Self::ConnectTimeout { .. } | Self::NoAnswer { .. } => ResponseFlag::ConnectFailure,
             Self::Handshake { .. } => ResponseFlag::TlsFailure,
             Self::WrongIdentity { .. } | Self::NoCertificate(_) => ResponseFlag::IdentityError,
             Self::Tunnel { .. } => ResponseFlag::TunnelFailure,
@@ -78,7 +80,7 @@ impl ConnError {
     pub fn is_worth_another_endpoint(&self) -> bool {
         match self {
             Self::Connect { .. } | Self::ConnectTimeout { .. } | Self::Handshake { .. } | Self::Tunnel { .. } => true,
-            Self::WrongIdentity { .. } => true,
+            Self::WrongIdentity { .. } | Self::NoAnswer { .. } => true,
             Self::Refused { refusal, .. } => *refusal == Refusal::Unreachable,
             Self::Denied(_) | Self::NoSuchPort { .. } | Self::NoEndpoint(_) | Self::Outside(_) => false,
             Self::NoCertificate(_) | Self::Lost { .. } | Self::PolicyChanged => false,

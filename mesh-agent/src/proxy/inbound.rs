@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use mesh_common::{HBONE_PORT, OUTBOUND_PORT, PLAIN_PORT};
 use tokio::net::TcpStream;
@@ -13,7 +13,7 @@ use super::application::{self, current, facts};
 use super::connections::{Cut, Judged, Transport};
 use super::error::{self, ConnError};
 use super::policy::{self, Connection};
-use super::transport::frame::Refusal;
+use super::transport::frame::{Open, Refusal};
 use super::transport::handshake::{self, Tunnel};
 use super::transport::hbone::{self, Incoming};
 use super::transport::session::{Counts, Session, Side};
@@ -58,16 +58,17 @@ pub async fn serve_tls(worker: Rc<Worker>, pod: Arc<LocalPod>, accepted: Accepte
 async fn serve_session(worker: &Rc<Worker>, pod: &Arc<LocalPod>, peer: SocketAddr, mut session: Session) {
     let identity = session.peer().clone();
     loop {
-        let destination = tokio::select! {
+        let Open { destination, wait } = tokio::select! {
             () = worker.drain.cancelled() => return session.close(),
             accepted = session.accept() => match accepted {
-                Ok(Some(destination)) => destination,
+                Ok(Some(open)) => open,
                 Ok(None) => return,
                 Err(e) => return tracing::debug!(%peer, "session ended: {e}"),
             },
         };
         let started = Instant::now();
-        let admitted = admit(worker, pod, peer, Some(identity.clone()), destination, started).await;
+        let wait = wait.min(connect::TIMEOUT);
+        let admitted = admit(worker, pod, peer, Some(identity.clone()), destination, wait, started).await;
         let (app, judged) = match admitted {
             Ok(admitted) => admitted,
             Err(refusal) => match session.refuse(refusal).await {
@@ -75,7 +76,7 @@ async fn serve_session(worker: &Rc<Worker>, pod: &Arc<LocalPod>, peer: SocketAdd
                 Err(_) => return,
             },
         };
-        if session.opened().await.is_err() {
+        if session.is_abandoned() || session.opened().await.is_err() {
             return sock::reset(app);
         }
         let (counts, cut) = (Rc::new(Counts::default()), Rc::new(Cut::default()));
@@ -110,10 +111,11 @@ async fn serve_stream(
     incoming: Incoming,
 ) {
     let started = Instant::now();
-    let (app, judged) = match admit(worker, pod, peer, Some(identity), incoming.destination, started).await {
-        Ok(admitted) => admitted,
-        Err(refusal) => return incoming.refuse(refusal),
-    };
+    let (app, judged) =
+        match admit(worker, pod, peer, Some(identity), incoming.destination, connect::TIMEOUT, started).await {
+            Ok(admitted) => admitted,
+            Err(refusal) => return incoming.refuse(refusal),
+        };
     let Ok((send, receive)) = incoming.accept() else { return sock::reset(app) };
     let (counts, cut) = (Rc::new(Counts::default()), Rc::new(Cut::default()));
     let open = enter(worker, pod, judged, Transport::Hbone, &cut, &counts, started);
@@ -131,7 +133,7 @@ async fn serve_stream(
 pub async fn serve_plain(worker: Rc<Worker>, pod: Arc<LocalPod>, accepted: Accepted) {
     let started = Instant::now();
     let Accepted { tcp, peer, local } = accepted;
-    let (app, judged) = match admit(&worker, &pod, peer, None, local, started).await {
+    let (app, judged) = match admit(&worker, &pod, peer, None, local, connect::TIMEOUT, started).await {
         Ok(admitted) => admitted,
         Err(_) => return sock::reset(tcp),
     };
@@ -155,6 +157,7 @@ async fn admit(
     peer: SocketAddr,
     identity: Option<SpiffeId>,
     destination: SocketAddr,
+    wait: Duration,
     started: Instant,
 ) -> Result<(TcpStream, Judged), Refusal> {
     let snapshot = worker.snapshot();
@@ -176,7 +179,7 @@ async fn admit(
     if let Err(denied) = verdict.result {
         return Err(refuse(&judged, ConnError::Denied(denied), Refusal::Denied));
     }
-    match application::connect(worker, pod, peer.ip(), destination).await {
+    match application::connect(worker, pod, peer.ip(), destination, wait).await {
         Ok(app) => Ok((app, judged)),
         Err(error) => Err(refuse(&judged, error, Refusal::Unreachable)),
     }

@@ -166,7 +166,7 @@ async fn attempt(
 ) -> Result<(Destination, Path), (Destination, ConnError)> {
     let path = match &destination.workload {
         Some(server) => match worker.shared.pod(&server.uid) {
-            Some(local) => same_node(worker, pod, snapshot, local, client, destination.address).await,
+            Some(local) => same_node(worker, pod, snapshot, local, client, destination.address, patience).await,
             None if server.transport == crate::model::Transport::Hbone => {
                 tunnel(worker, pod, server, destination.address, tcp, patience).await
             }
@@ -195,6 +195,7 @@ async fn tunnel(
         certificates: &worker.shared.certificates,
         baggage: &pod.baggage,
         patience,
+        wait: wait_for_application(patience),
     };
     // An agent that takes the connection and then says nothing must not hold the client for ever, nor use up the time in
     // which another endpoint could be tried.
@@ -203,7 +204,7 @@ async fn tunnel(
     let opened = tokio::time::timeout(budget, worker.pool.open(&dialer, &peer, address, &early)).await;
     let opened = opened.unwrap_or_else(|_| {
         worker.pool.forget(&peer);
-        Err(ConnError::ConnectTimeout { address })
+        Err(if early.asked() { ConnError::NoAnswer { address } } else { ConnError::ConnectTimeout { address } })
     });
     let opened = opened.map_err(|error| match early.sent() {
         0 => error,
@@ -214,6 +215,12 @@ async fn tunnel(
         Carrier::Session(lease) => Path::Session(lease, early.sent()),
         Carrier::Hbone { send, receive, place } => Path::Hbone { send, receive, place },
     })
+}
+
+/// With others to ask (no patience), the answer must come well before the budget for one is used up: where the first bytes
+/// went along, only a refusal lets the others be asked.
+fn wait_for_application(patience: Duration) -> Duration {
+    if patience.is_zero() { CONNECT_BUDGET / 5 } else { connect::TIMEOUT }
 }
 
 async fn plain(worker: &Worker, pod: &LocalPod, address: SocketAddr) -> Result<Path, ConnError> {
@@ -232,6 +239,7 @@ async fn same_node(
     server: Arc<LocalPod>,
     client: SocketAddr,
     address: SocketAddr,
+    patience: Duration,
 ) -> Result<Path, ConnError> {
     let workload = snapshot.workload(&server.pod.workload.uid).unwrap_or(&server.pod.workload);
     let identity = Some(&pod.pod.workload.identity);
@@ -249,7 +257,8 @@ async fn same_node(
         worker.failed(&application::facts(snapshot, &server, &judged, Security::MutualTls), &error, Instant::now());
         return Err(error);
     }
-    let app = application::connect(worker, &server, client.ip(), address).await?;
+    let wait = wait_for_application(patience);
+    let app = application::connect(worker, &server, client.ip(), address, wait).await?;
     Ok(Path::Local { app, server, judged })
 }
 

@@ -25,6 +25,8 @@ pub enum RedirectError {
         "{path} is a folder with other files and no bpffs; name an empty one, or where a bpffs is mounted (see /proc/mounts)"
     )]
     NotBpffs { path: PathBuf },
+    #[error("an agent for node {node} is running already; stop it first, or give this one another --node-name")]
+    Running { node: String },
     #[error("the node name {node:?} is no folder name; use letters, digits, '-' and '_'")]
     NodeName { node: String },
     #[error(

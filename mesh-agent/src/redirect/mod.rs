@@ -14,6 +14,7 @@ mod original_dst;
 mod pins;
 mod sys;
 
+use std::fs::File;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{BorrowedFd, RawFd};
@@ -94,6 +95,8 @@ pub struct Redirect {
     node_netns: NetnsCookie,
     pins: Pins,
     maps: Maps,
+    /// Held for life: two agents for one node would take each other's pods.
+    _lock: File,
     /// Held while a pod joins or leaves.
     pods: Mutex<(Pods, Loader)>,
     orig_dst_missing: AtomicU64,
@@ -116,7 +119,8 @@ impl Redirect {
         let pins = Pins::new(options, load::fingerprint(&globals, cgroup.id))?;
         host::ensure_bpffs(&options.bpffs)?;
         let is_first = !pins.exist();
-        Self::bring_up(options, globals, pins.clone(), &cgroup).inspect_err(|_| {
+        let lock = pins.lock()?.ok_or_else(|| RedirectError::Running { node: options.node.clone() })?;
+        Self::bring_up(options, globals, pins.clone(), &cgroup, lock).inspect_err(|_| {
             // Half of a first start is of no use to anybody; a later one leaves in force what was.
             if is_first && let Err(error) = pins.remove_all() {
                 tracing::warn!(%error, "pins of the failed start stay behind");
@@ -124,7 +128,13 @@ impl Redirect {
         })
     }
 
-    fn bring_up(options: &Options, globals: Globals, pins: Pins, cgroup: &Cgroup) -> Result<Self, RedirectError> {
+    fn bring_up(
+        options: &Options,
+        globals: Globals,
+        pins: Pins,
+        cgroup: &Cgroup,
+        lock: File,
+    ) -> Result<Self, RedirectError> {
         pins.create_folders()?;
         // Always: it makes the maps that are missing. Programs are loaded only where their link is.
         let mut loader = Loader::new(options, &pins, &globals);
@@ -148,7 +158,7 @@ impl Redirect {
         let maps = Maps::open(&pins)?;
         let pods = Mutex::new((enroll::restore(&maps)?, loader));
         let node_netns = NetnsCookie(globals.node_netns);
-        Ok(Self { node_netns, pins, maps, pods, orig_dst_missing: AtomicU64::new(0), _log: log })
+        Ok(Self { node_netns, pins, maps, pods, _lock: lock, orig_dst_missing: AtomicU64::new(0), _log: log })
     }
 
     /// Takes a pod in: sk_lookup first, the ENROLLED entry last. Calling it again replaces listeners (after a restart).
@@ -225,6 +235,11 @@ impl Redirect {
             return Ok(Vec::new());
         }
         host::check_capabilities()?;
+        if !pins.are_there() {
+            return Ok(Vec::new());
+        }
+        // Under a running agent it would open a hole: its pods' traffic would go on past the mesh, in plaintext.
+        let _lock = pins.lock()?.ok_or_else(|| RedirectError::Running { node: options.node.clone() })?;
         // A pod that is enrolled and no longer redirected speaks in plaintext: that is what removing the mesh means. Entries
         // go first, so that no connection is caught between two links.
         if let Ok(maps) = Maps::open(&pins) {

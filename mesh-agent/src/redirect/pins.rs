@@ -8,12 +8,15 @@
 //! `<object>` is a hash of the embedded object and of its read-only globals: links of the same object are taken over as
 //! they are. bpffs allows no dots in names.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use mesh_common::SCHEMA;
+use rustix::fs::FlockOperation;
+use rustix::io::Errno;
 
 use super::{NetnsCookie, Options, RedirectError, sys};
 
@@ -44,6 +47,32 @@ impl Pins {
         }
         let node = options.bpffs.join(ROOT).join(&options.node);
         Ok(Self { base: node.join(format!("v{SCHEMA}")), node, object: format!("{object:016x}") })
+    }
+
+    /// Makes the node's folder if need be, and takes it for this process alone, until the file is closed or the process
+    /// ends. `None`: another process has it. The folder and not a file elsewhere: agent, `--cleanup` and `meshctl
+    /// uninstall` agree on it whatever their other settings are.
+    pub fn lock(&self) -> Result<Option<File>, RedirectError> {
+        let failed = |source| RedirectError::Pin { path: self.node.clone(), source };
+        loop {
+            fs::create_dir_all(&self.node).map_err(failed)?;
+            let folder = File::open(&self.node).map_err(failed)?;
+            match rustix::fs::flock(&folder, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => {}
+                Err(Errno::WOULDBLOCK) => return Ok(None),
+                Err(error) => return Err(failed(error.into())),
+            }
+            // A cleanup may have removed the folder between the two: then it is a lock on nothing.
+            let locked = folder.metadata().map_err(failed)?.ino();
+            if fs::metadata(&self.node).is_ok_and(|there| there.ino() == locked) {
+                return Ok(Some(folder));
+            }
+        }
+    }
+
+    /// Is there anything of this node, of any schema?
+    pub fn are_there(&self) -> bool {
+        self.node.exists()
     }
 
     pub fn create_folders(&self) -> Result<(), RedirectError> {

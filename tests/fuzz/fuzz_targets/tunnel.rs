@@ -7,11 +7,11 @@ use mesh_agent::proxy::transport::hbone::read_authority;
 use mesh_agent::proxy::transport::record::{MAX_RECORD, Opener};
 
 fuzz_target!(|bytes: &[u8]| {
-    if let Some(destination) = read_open(bytes) {
+    if let Some(open) = read_open(bytes) {
         assert_ne!(destination.port(), 0);
         // What is read is what is written, but for v4-mapped addresses, which are written as IPv4.
         let mut payload = [0; OPEN_MAX];
-        let len = write_open(destination, &mut payload);
+        let len = write_open(open, &mut payload);
         let again = read_open(&payload[..len]).expect("what was written can be read");
         assert_eq!((again.ip(), again.port()), (destination.ip().to_canonical(), destination.port()));
     }

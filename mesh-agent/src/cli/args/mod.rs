@@ -97,7 +97,12 @@ pub(super) fn plain_flag(setting: &'static Setting) -> Arg {
         "" => setting.help.to_owned(),
         default => format!("{} [default: {default}]", setting.help),
     };
-    let arg = Arg::new(setting.name).long(setting.name).value_name(setting.value).help(help).hide(setting.hidden);
+    let arg = Arg::new(setting.name)
+        .long(setting.name)
+        .value_name(setting.value)
+        .help(help)
+        .hide(setting.hidden)
+        .allow_negative_numbers(true);
     match setting.kind {
         Kind::One => arg,
         Kind::Many => arg.action(ArgAction::Append),

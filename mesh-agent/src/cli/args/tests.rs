@@ -112,6 +112,7 @@ fn every_wrong_flag_is_one_sentence_and_64() {
             "--admin-socket: 101 bytes are too long for a Unix socket; use a path of up to 100".to_owned(),
         ),
         ("--workers many", "--workers: `many` is no number from 0 to 1024".to_owned()),
+        ("--workers -1", "--workers: `-1` is no number from 0 to 1024".to_owned()),
         ("--workers 1025", "--workers: `1025` is no number from 0 to 1024".to_owned()),
         ("--drain-timeout 5", format!("--drain-timeout: `5` {time}")),
         ("--drain-timeout 5x", format!("--drain-timeout: `5x` {time}")),
@@ -353,6 +354,7 @@ fn exit_codes_follow_the_cause() {
         (RedirectError::NotCgroup2 { path: path.clone() }, Exit::Usage),
         (RedirectError::NotInCgroup { path: path.clone() }, Exit::Usage),
         (RedirectError::NoCgroup2, Exit::Unavailable),
+        (RedirectError::Running { node: "n".into() }, Exit::Unavailable),
         (RedirectError::Load { program: "p".into(), kernel: "5.4".into(), reason: "r".into() }, Exit::Unavailable),
     ] {
         assert_eq!(code(&error.into()), exit);

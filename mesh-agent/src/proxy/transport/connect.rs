@@ -11,7 +11,7 @@ use tokio::net::TcpStream;
 
 use super::HBONE_PORT;
 use crate::enrollment::EnrolledPod;
-use crate::enrollment::sockets::{SPOOF_MARK, Use, bound_buffers, set_option};
+use crate::enrollment::sockets::{SPOOF_MARK, Use, bound_buffers, reset_on_close, set_option};
 use crate::redirect::Redirect;
 
 /// How long a connection attempt may take, as Istio's default.
@@ -20,11 +20,16 @@ pub const TIMEOUT: Duration = Duration::from_secs(10);
 /// Connects from `pod` to `destination`, with the pod's own address.
 pub async fn from_pod(pod: &EnrolledPod, redirect: &Redirect, destination: SocketAddr) -> io::Result<TcpStream> {
     let socket = open(pod, redirect, destination)?;
-    bound_buffers(&socket, if destination.port() == HBONE_PORT { Use::Tunnel } else { Use::Plain })?;
+    if destination.port() == HBONE_PORT {
+        bound_buffers(&socket, Use::Tunnel)?;
+    } else {
+        bound_buffers(&socket, Use::Plain)?;
+        reset_on_close(&socket)?;
+    }
     if let Some(own) = pod.workload.address_like(destination.ip()) {
         bind_without_port(&socket, own)?;
     }
-    connect(socket, destination).await
+    connect(socket, destination, TIMEOUT).await
 }
 
 /// Connects to the pod's own application, with `client` as the source address so that the application sees the client.
@@ -34,9 +39,11 @@ pub async fn to_application(
     redirect: &Redirect,
     client: IpAddr,
     application: SocketAddr,
+    wait: Duration,
 ) -> io::Result<TcpStream> {
     let socket = open(pod, redirect, application)?;
     bound_buffers(&socket, Use::Local)?;
+    reset_on_close(&socket)?;
     let client = client.to_canonical();
     let own = pod.workload.addresses.contains(&client) || client.is_loopback() || client.is_unspecified();
     if !own && client.is_ipv4() == application.is_ipv4() {
@@ -44,7 +51,7 @@ pub async fn to_application(
         transparent(&socket, application.is_ipv4())?;
         bind_without_port(&socket, client)?;
     }
-    connect(socket, application).await
+    connect(socket, application, wait).await
 }
 
 /// Notices a peer that is gone while nothing is said. No TCP_USER_TIMEOUT: it would also end the connection of a reader
@@ -66,7 +73,7 @@ fn open(pod: &EnrolledPod, redirect: &Redirect, destination: SocketAddr) -> io::
     Ok(socket)
 }
 
-async fn connect(socket: Socket, destination: SocketAddr) -> io::Result<TcpStream> {
+async fn connect(socket: Socket, destination: SocketAddr, wait: Duration) -> io::Result<TcpStream> {
     let address = SockAddr::from(destination);
     // Over lo the handshake is done by the time `connect` returns, though it says EINPROGRESS. Asked again it says so, and
     // no event needs to be waited for.
@@ -79,7 +86,7 @@ async fn connect(socket: Socket, destination: SocketAddr) -> io::Result<TcpStrea
     };
     let tcp = TcpStream::from_std(socket.into())?;
     if pending {
-        tokio::time::timeout(TIMEOUT, tcp.writable()).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))?;
+        tokio::time::timeout(wait, tcp.writable()).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))?;
         if let Some(e) = tcp.take_error()? {
             return Err(e);
         }

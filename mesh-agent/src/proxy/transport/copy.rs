@@ -6,7 +6,7 @@ use std::io::{self, IoSlice, IoSliceMut};
 use tokio::net::TcpStream;
 
 use super::buffers::Buffer;
-use super::io::{self as sock, Read};
+use super::io::{self as sock, Read, Turn};
 use super::session::Counts;
 
 /// How a plain connection ended.
@@ -30,8 +30,6 @@ enum Failed {
 
 /// Carries bytes between `client` and `server` until both have ended, or `cut` is done.
 pub async fn relay(client: TcpStream, server: TcpStream, counts: &Counts, cut: impl Future<Output = ()>) -> End {
-    sock::arm(&client);
-    sock::arm(&server);
     let both = async {
         tokio::try_join!(
             async {
@@ -66,6 +64,7 @@ pub async fn relay(client: TcpStream, server: TcpStream, counts: &Counts, cut: i
 }
 
 async fn one_way(from: &TcpStream, to: &TcpStream, count: &Cell<u64>) -> Result<(), Failed> {
+    let mut turn = Turn::default();
     loop {
         sock::readable(from).await.map_err(Failed::Read)?;
         let mut buffer = Buffer::take();
@@ -74,6 +73,7 @@ async fn one_way(from: &TcpStream, to: &TcpStream, count: &Cell<u64>) -> Result<
             let last = matches!(read, Read::Last(_));
             sock::write_all_vectored(to, &mut [IoSlice::new(&buffer[..n])], last).await.map_err(Failed::Write)?;
             count.set(count.get() + n as u64);
+            turn.took(n).await;
         }
         if let Read::Last(_) | Read::End = read {
             return sock::finish(to).map_err(Failed::Write);

@@ -10,8 +10,8 @@ use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags};
-use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tokio::io::{Interest, Ready};
 use tokio::net::TcpStream;
 
 /// A listener whose connections can be waited for, without giving it to tokio (which would register each accepted
@@ -89,11 +89,19 @@ pub fn peek(socket: &TcpStream, into: &mut [u8]) -> usize {
     rustix::net::recv(socket, into, RecvFlags::PEEK).map_or(0, |(n, _)| n)
 }
 
+/// Whether the connection has ended or broken, at least from the peer's side, as far as epoll has told.
+pub fn is_closed(socket: &TcpStream) -> bool {
+    matches!(readiness(socket), Poll::Ready(Ok(r)) if r.is_read_closed() || r.is_error())
+}
+
 /// Whether the peer has ended its side in order, as far as epoll has told. False after a reset.
 fn has_ended(socket: &TcpStream) -> bool {
+    matches!(readiness(socket), Poll::Ready(Ok(r)) if r.is_read_closed() && !r.is_write_closed() && !r.is_error())
+}
+
+fn readiness(socket: &TcpStream) -> Poll<io::Result<Ready>> {
     let all = Interest::READABLE | Interest::WRITABLE | Interest::ERROR;
-    let ready = pin!(socket.ready(all)).poll(&mut Context::from_waker(Waker::noop()));
-    matches!(ready, Poll::Ready(Ok(r)) if r.is_read_closed() && !r.is_write_closed() && !r.is_error())
+    pin!(socket.ready(all)).poll(&mut Context::from_waker(Waker::noop()))
 }
 
 /// Writes what the socket takes, without waiting. `Ok(None)`: nothing now. `more`: hold back a last, part-filled segment,
@@ -165,13 +173,27 @@ pub fn finish(socket: &TcpStream) -> io::Result<()> {
     }
 }
 
-/// From now on an end that nobody meant (the agent is killed, a task is dropped) resets the connection: an orderly one
-/// would pass a cut-off stream for a whole one.
-pub fn arm(socket: &TcpStream) {
-    let _ = rustix::net::sockopt::set_socket_linger(socket, Some(Duration::ZERO));
+/// Bytes that one direction of one connection moves before all others get their turn. A stream is limited only by the
+/// buffers of its sockets, and would keep a small request of another connection waiting for as long as they last.
+const TURN: usize = 128 * 1024;
+
+/// Counts towards the end of a turn.
+#[derive(Debug, Default)]
+pub struct Turn(usize);
+
+impl Turn {
+    /// After so many bytes more: yields where the turn is over.
+    pub async fn took(&mut self, bytes: usize) {
+        self.0 += bytes;
+        if self.0 >= TURN {
+            self.0 = 0;
+            tokio::task::yield_now().await;
+        }
+    }
 }
 
-/// The connection has ended in order: what was written last is still sent.
+/// The connection has ended in order: what was written last is still sent. Until then an end that nobody meant (the agent
+/// is killed, a task is dropped) resets it, see `enrollment::sockets::reset_on_close`.
 pub fn disarm(socket: &TcpStream) {
     let _ = rustix::net::sockopt::set_socket_linger(socket, None);
 }

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant, SystemTime};
 use bytes::Bytes;
 use h2::{RecvStream, SendStream};
 
+use super::frame::Open;
 use super::handshake::{self, Established, Tunnel};
 use super::hbone;
 use super::session::{Answer, Early, Session, SessionError};
@@ -101,6 +102,8 @@ pub struct Dialer<'a> {
     /// For so long a refused connection to port 15008 is tried again: the peer's agent may be starting, or taking the
     /// pod in.
     pub patience: Duration,
+    /// How long the server's application may take.
+    pub wait: Duration,
 }
 
 impl Pool {
@@ -127,7 +130,7 @@ impl Pool {
         });
         if !entry.hbone_only.get() {
             while let Some(mut lease) = entry.take_idle() {
-                match lease.session().open(destination, early).await {
+                match lease.session().open(Open { destination, wait: dialer.wait }, early).await {
                     Ok(answer) => return lease.answered(answer, destination),
                     // It ended while it was idle and has carried nothing of this connection: on to the next.
                     Err(SessionError::Io(_) | SessionError::Closed) if early.sent() == 0 => {}
@@ -148,7 +151,7 @@ impl Pool {
                 match established.tunnel {
                     Tunnel::Session => {
                         let mut lease = lease.filled(Session::new(established), expires);
-                        let answer = lease.session().open(destination, early).await;
+                        let answer = lease.session().open(Open { destination, wait: dialer.wait }, early).await;
                         return lease.answered(answer.map_err(|e| tunnel_error(destination, e))?, destination);
                     }
                     Tunnel::Hbone => {

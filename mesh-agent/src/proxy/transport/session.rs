@@ -4,16 +4,15 @@
 use std::cell::Cell;
 use std::collections::VecDeque;
 use std::io::{self, IoSlice, IoSliceMut};
-use std::net::SocketAddr;
 use std::time::Duration;
 
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
 
 use super::buffers::{self, Buffer};
-use super::frame::{self, Kind, OPEN_MAX, Refusal};
+use super::frame::{self, Kind, OPEN_MAX, Open, Refusal};
 use super::handshake::Established;
-use super::io::{self as sock, Read};
+use super::io::{self as sock, Read, Turn};
 use super::record::{HEADER, MAX_RECORD, OVERHEAD, Opened, Opener, RecordError, Sealer, TAG};
 use crate::model::SpiffeId;
 
@@ -111,6 +110,7 @@ pub enum End {
 #[derive(Debug)]
 pub struct Early<'a> {
     app: &'a TcpStream,
+    asked: Cell<bool>,
     sent: Cell<usize>,
 }
 
@@ -156,11 +156,12 @@ impl Session {
             && matches!(sock::try_read(&self.tcp, &mut [IoSliceMut::new(&mut byte)]), Ok(Read::Nothing))
     }
 
-    /// Client: asks for a connection to `destination` and waits for the answer. What the application has said by now goes
-    /// along (`early`). After a refusal the session is free again.
-    pub async fn open(&mut self, destination: SocketAddr, early: &Early<'_>) -> Result<Answer, SessionError> {
+    /// Client: asks for a connection and waits for the answer. What the application has said by now goes along (`early`).
+    /// After a refusal the session is free again.
+    pub async fn open(&mut self, open: Open, early: &Early<'_>) -> Result<Answer, SessionError> {
         early.sent.set(0);
-        self.sender.open(&self.tcp, destination, early).await?;
+        self.sender.open(&self.tcp, open, early).await?;
+        early.asked.set(true);
         let answer = self.receiver.frame(&self.tcp).await;
         // The server's agent hands nothing on before it has answered, and its answer comes before its end: where the end is
         // all that came, nothing was handed on.
@@ -180,12 +181,12 @@ impl Session {
 
     /// Server: waits for the next connection. `Ok(None)`: the client has closed the session. An OPEN that can't be read
     /// has been refused already.
-    pub async fn accept(&mut self) -> Result<Option<SocketAddr>, SessionError> {
+    pub async fn accept(&mut self) -> Result<Option<Open>, SessionError> {
         loop {
             match self.receiver.frame(&self.tcp).await? {
                 None => return Ok(None),
                 Some((Kind::Open, payload)) => match frame::read_open(&payload) {
-                    Some(destination) => return Ok(Some(destination)),
+                    Some(open) => return Ok(Some(open)),
                     None => self.refuse(Refusal::BadRequest).await?,
                 },
                 // Told to a connection that had ended here already.
@@ -199,6 +200,11 @@ impl Session {
     pub async fn refuse(&mut self, refusal: Refusal) -> Result<(), SessionError> {
         self.sender.send(&self.tcp, Kind::Refused, &[refusal.byte()]).await?;
         tokio::time::timeout(DISCARD, self.discard()).await.unwrap_or(Err(SessionError::Closed))
+    }
+
+    /// Server: whether the client's agent has given up the session, so that what it sent must not be handed on.
+    pub fn is_abandoned(&self) -> bool {
+        sock::is_closed(&self.tcp)
     }
 
     /// Server: says that the application has taken the connection.
@@ -221,7 +227,6 @@ impl Session {
             Side::Server => (&counts.received, &counts.sent),
         };
         let (we_ended, peer_ended, ended) = (Cell::new(false), Cell::new(false), Notify::new());
-        sock::arm(&app);
         let Self { tcp, sender, receiver, .. } = self;
         let there = async {
             upload(&app, tcp, sender, early, up).await?;
@@ -304,7 +309,12 @@ impl Session {
 
 impl<'a> Early<'a> {
     pub fn new(app: &'a TcpStream) -> Self {
-        Self { app, sent: Cell::new(0) }
+        Self { app, asked: Cell::new(false), sent: Cell::new(0) }
+    }
+
+    /// Whether the server's agent was asked for the connection.
+    pub fn asked(&self) -> bool {
+        self.asked.get()
     }
 
     /// How many bytes the server's application may have got.
@@ -315,9 +325,9 @@ impl<'a> Early<'a> {
 
 impl Sender {
     /// Sends OPEN, and right behind it what the application has said.
-    async fn open(&mut self, tcp: &TcpStream, destination: SocketAddr, early: &Early<'_>) -> Result<(), SessionError> {
+    async fn open(&mut self, tcp: &TcpStream, open: Open, early: &Early<'_>) -> Result<(), SessionError> {
         let mut payload = [0; OPEN_MAX];
-        let len = frame::write_open(destination, &mut payload);
+        let len = frame::write_open(open, &mut payload);
         let mut buffer = Buffer::take();
         let peeked = sock::peek(early.app, &mut buffer[SLOT + DATA_AT..SLOT + DATA_AT + SLOT_DATA]);
         if peeked == 0 {
@@ -326,10 +336,10 @@ impl Sender {
         self.rekey(tcp).await?;
         // So that OPEN ends where the data begin.
         let start = SLOT - OVERHEAD - 1 - len;
-        let open = &mut buffer[start..SLOT];
-        open[HEADER] = Kind::Open.byte();
-        open[DATA_AT..DATA_AT + len].copy_from_slice(&payload[..len]);
-        self.sealer.seal(open)?;
+        let record = &mut buffer[start..SLOT];
+        record[HEADER] = Kind::Open.byte();
+        record[DATA_AT..DATA_AT + len].copy_from_slice(&payload[..len]);
+        self.sealer.seal(record)?;
         let data = &mut buffer[SLOT..SLOT + OVERHEAD + 1 + peeked];
         data[HEADER] = Kind::Data.byte();
         self.sealer.seal(data)?;
@@ -398,6 +408,7 @@ async fn upload(
     // What went along with OPEN is still to be taken from the socket.
     let mut skip = early;
     count.set(count.get() + early as u64);
+    let mut turn = Turn::default();
     // One slot for a start: small messages need no more, and a vector costs more than a buffer.
     let mut bulk = false;
     loop {
@@ -448,7 +459,7 @@ async fn upload(
         }
         count.set(count.get() + bytes as u64);
         match (last, fits) {
-            (false, _) => {}
+            (false, _) => turn.took(bytes).await,
             (true, true) => return Ok(()),
             (true, false) => return sender.send(tcp, Kind::Fin, &[]).await.map_err(End::Broken),
         }
@@ -459,6 +470,7 @@ async fn upload(
 async fn download(tcp: &TcpStream, receiver: &mut Receiver, app: &TcpStream, count: &Cell<u64>) -> Result<(), End> {
     /// DATA frames that go to the application in one call.
     const BATCH: usize = 8;
+    let mut turn = Turn::default();
     loop {
         let mut batch = [(0, 0); BATCH];
         let (mut frames, mut last) = (0, None);
@@ -489,7 +501,9 @@ async fn download(tcp: &TcpStream, receiver: &mut Receiver, app: &TcpStream, cou
             // The end, where it has come too, goes in the same segment as the last bytes.
             let more = last == Some(Kind::Fin);
             sock::write_all_vectored(app, &mut parts[..frames], more).await.map_err(End::LocalReset)?;
-            count.set(count.get() + batch.iter().map(|(start, end)| (end - start) as u64).sum::<u64>());
+            let bytes: usize = batch.iter().map(|(start, end)| end - start).sum();
+            count.set(count.get() + bytes as u64);
+            turn.took(bytes).await;
         }
         match last {
             Some(Kind::Fin) => return sock::finish(app).map_err(End::LocalReset),

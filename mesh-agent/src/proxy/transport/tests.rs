@@ -1,7 +1,6 @@
 //! Both tunnels over real sockets and real TLS, in one thread: what an application's bytes and ends become.
 
 use std::cell::Cell;
-use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -9,7 +8,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::LocalSet;
 
-use super::frame::Refusal;
+use super::frame::{Open, Refusal};
 use super::handshake::{self, Established, HandshakeError, Tunnel};
 use super::hbone;
 use super::session::{Answer, Counts, Early, End, Session, Side};
@@ -82,8 +81,8 @@ async fn forever() {
 /// The server's end of a session: takes each connection to an application of its own and hands that out.
 fn serve(mut session: Session, apps: tokio::sync::mpsc::UnboundedSender<TcpStream>, ends: Rc<Cell<usize>>) {
     tokio::task::spawn_local(async move {
-        while let Ok(Some(destination)) = session.accept().await {
-            if destination.port() == 1 {
+        while let Ok(Some(open)) = session.accept().await {
+            if open.destination.port() == 1 {
                 session.refuse(Refusal::Denied).await.unwrap();
                 continue;
             }
@@ -99,8 +98,8 @@ fn serve(mut session: Session, apps: tokio::sync::mpsc::UnboundedSender<TcpStrea
     });
 }
 
-fn target(text: &str) -> SocketAddr {
-    text.parse().unwrap()
+fn target(text: &str) -> Open {
+    Open { destination: text.parse().unwrap(), wait: Duration::from_secs(3) }
 }
 
 /// Opens for an application that has said nothing yet.
@@ -234,6 +233,42 @@ fn early_bytes_are_asked_again_only_where_nobody_got_them() {
 }
 
 #[test]
+fn a_stream_with_much_to_do_lets_others_have_their_turn() {
+    const MOST: u64 = 256 * 1024;
+    on_worker(async {
+        // Far more is there to read, and room to write, than one turn may take.
+        let filled = async |socket: &TcpStream| {
+            while socket.try_write(&[7; 65536]).is_ok() {}
+            tokio::task::yield_now().await;
+        };
+        let polled_once = async |relay: &mut (dyn Future<Output = ()> + Unpin)| {
+            std::future::poll_fn(|cx| {
+                assert!(std::pin::Pin::new(&mut *relay).poll(cx).is_pending());
+                std::task::Poll::Ready(())
+            })
+            .await;
+        };
+        let ((client, near), (far, _server)) = (pair().await, pair().await);
+        filled(&client).await;
+        near.readable().await.unwrap();
+        let counts = Counts::default();
+        let mut relay = Box::pin(async { drop(super::copy::relay(near, far, &counts, forever()).await) });
+        polled_once(&mut relay).await;
+        assert!((1..=MOST).contains(&counts.sent.get()), "plain: {} bytes", counts.sent.get());
+
+        let (near, _far) = Pki::new().await.tunnel(Tunnel::Session).await;
+        let mut session = Session::new(near);
+        let (client, agent) = pair().await;
+        filled(&client).await;
+        agent.readable().await.unwrap();
+        let counts = Counts::default();
+        let mut relay = Box::pin(async { drop(session.relay(agent, Side::Client, 0, &counts, forever()).await) });
+        polled_once(&mut relay).await;
+        assert!((1..=MOST).contains(&counts.sent.get()), "session: {} bytes", counts.sent.get());
+    });
+}
+
+#[test]
 fn a_read_knows_the_end_behind_the_last_bytes() {
     on_worker(async {
         let (mut writer, reader) = pair().await;
@@ -354,14 +389,15 @@ fn hbone_carries_many_connections_at_once() {
         ));
         let connection = hbone::Connection::start(near).await.unwrap();
         let baggage = http::HeaderValue::from_static("k8s.namespace.name=test");
-        let refused = hbone::open(&connection, target("10.1.2.3:1"), &baggage).await.unwrap();
+        let refused = hbone::open(&connection, target("10.1.2.3:1").destination, &baggage).await.unwrap();
         assert!(matches!(refused, Err(Refusal::Unreachable)));
         let mut tasks = tokio::task::JoinSet::new();
         for n in 0u8..20 {
             let (connection, baggage) = (connection.clone(), baggage.clone());
             tasks.spawn_local(async move {
                 let _place = connection.place().unwrap();
-                let (send, receive) = hbone::open(&connection, target(TARGET), &baggage).await.unwrap().unwrap();
+                let (send, receive) =
+                    hbone::open(&connection, target(TARGET).destination, &baggage).await.unwrap().unwrap();
                 let (mut client, agent) = pair().await;
                 let counts = Counts::default();
                 let (end, ()) =
@@ -401,7 +437,7 @@ fn a_client_of_hbone_may_have_a_hundred_open_at_once() {
         let baggage = http::HeaderValue::from_static("");
         let mut open = Vec::new();
         for _ in 0..100 {
-            open.push(hbone::open(&connection, target(TARGET), &baggage).await.unwrap().unwrap());
+            open.push(hbone::open(&connection, target(TARGET).destination, &baggage).await.unwrap().unwrap());
         }
     });
 }
@@ -419,7 +455,7 @@ fn a_reset_crosses_hbone_as_a_connect_error() {
         tokio::task::spawn_local(hbone::serve(far, handle, forever()));
         let connection = hbone::Connection::start(near).await.unwrap();
         let baggage = http::HeaderValue::from_static("");
-        let (send, receive) = hbone::open(&connection, target(TARGET), &baggage).await.unwrap().unwrap();
+        let (send, receive) = hbone::open(&connection, target(TARGET).destination, &baggage).await.unwrap().unwrap();
         let (_send, mut body) = served.recv().await.unwrap();
         let (client, agent) = pair().await;
         super::io::reset(client);
@@ -455,7 +491,8 @@ fn a_stream_whose_reader_stands_still_does_not_stop_the_others() {
         // As many as may share the connection, all but the last with a server that reads nothing.
         for n in 0..hbone::MAX_STREAMS {
             let _place = connection.place().unwrap();
-            let (send, receive) = hbone::open(&connection, target(TARGET), &baggage).await.unwrap().unwrap();
+            let (send, receive) =
+                hbone::open(&connection, target(TARGET).destination, &baggage).await.unwrap().unwrap();
             let (client, agent) = pair().await;
             tokio::task::spawn_local(async move {
                 let _place = _place;

@@ -14,7 +14,7 @@ use tokio::net::TcpStream;
 pub use client::{Connection, Place, open};
 pub use server::{Incoming, read_authority, serve};
 
-use super::io::{self as sock, Read};
+use super::io::{self as sock, Read, Turn};
 use super::session::{Counts, Side};
 
 /// What one stream may have under way. Small against the connection's window, so that streams whose readers are slow
@@ -54,7 +54,6 @@ pub async fn relay(
         Side::Server => (&counts.received, &counts.sent),
     };
     let (mut send, mut receive) = (send, receive);
-    sock::arm(&app);
     let both = async { tokio::try_join!(upload(&app, &mut send, up), download(&mut receive, &app, down)).map(|_| ()) };
     let end = tokio::select! {
         biased;
@@ -76,6 +75,7 @@ pub async fn relay(
 /// Application to tunnel.
 async fn upload(app: &TcpStream, send: &mut SendStream<Bytes>, count: &Cell<u64>) -> Result<(), End> {
     let mut buffer = BytesMut::new();
+    let mut turn = Turn::default();
     loop {
         sock::readable(app).await.map_err(End::LocalReset)?;
         send.reserve_capacity(super::buffers::SIZE);
@@ -103,6 +103,7 @@ async fn upload(app: &TcpStream, send: &mut SendStream<Bytes>, count: &Cell<u64>
             Read::Bytes(n) => {
                 send.send_data(buffer.split_to(n).freeze(), false).map_err(broken)?;
                 count.set(count.get() + n as u64);
+                turn.took(n).await;
             }
             Read::Last(n) => {
                 count.set(count.get() + n as u64);
@@ -114,12 +115,14 @@ async fn upload(app: &TcpStream, send: &mut SendStream<Bytes>, count: &Cell<u64>
 
 /// Tunnel to application.
 async fn download(receive: &mut RecvStream, app: &TcpStream, count: &Cell<u64>) -> Result<(), End> {
+    let mut turn = Turn::default();
     while let Some(data) = receive.data().await {
         let data = data.map_err(broken)?;
         sock::write_all(app, &data).await.map_err(End::LocalReset)?;
         count.set(count.get() + data.len() as u64);
         // Given back only now: what the application does not take, the peer must not send.
         receive.flow_control().release_capacity(data.len()).map_err(broken)?;
+        turn.took(data.len()).await;
     }
     sock::finish(app).map_err(End::LocalReset)
 }
