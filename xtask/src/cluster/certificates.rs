@@ -41,8 +41,10 @@ fn make(cluster: &Cluster, folder: &Path) -> Result<()> {
     fs::write(folder.join("ca.key"), key.serialize_pem())?;
     let ca = CertifiedIssuer::self_signed(params, key)?;
     fs::write(folder.join("ca.crt"), ca.pem())?;
-    // Signs the tokens of ServiceAccounts; the API server checks them with the same file.
-    fs::write(folder.join("service-account.key"), KeyPair::generate()?.serialize_pem())?;
+    // For the tokens of ServiceAccounts. In two files: Kubernetes finds no public key in a private one of PKCS #8.
+    let tokens = KeyPair::generate()?;
+    fs::write(folder.join("service-account.key"), tokens.serialize_pem())?;
+    fs::write(folder.join("service-account.pub"), tokens.public_key_pem())?;
     for leaf in leaves()? {
         let key = KeyPair::generate()?;
         let mut params = CertificateParams::default();

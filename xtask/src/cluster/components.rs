@@ -66,7 +66,7 @@ pub fn control_plane(cluster: &Cluster) -> Vec<Component> {
                 ("tls-cert-file", &pki("apiserver.crt")),
                 ("tls-private-key-file", &pki("apiserver.key")),
                 ("service-account-issuer", "https://kubernetes.default.svc.cluster.local"),
-                ("service-account-key-file", &pki("service-account.key")),
+                ("service-account-key-file", &pki("service-account.pub")),
                 ("service-account-signing-key-file", &pki("service-account.key")),
                 ("authorization-mode", "Node,RBAC"),
                 ("enable-admission-plugins", "NodeRestriction"),
