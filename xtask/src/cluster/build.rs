@@ -3,7 +3,6 @@
 //! In come versions; out come folders of static binaries in the cache. Nothing but Go and its module proxy is needed:
 //! Debian has no kubelet and no apiserver, and its etcd is too old for them.
 
-use std::collections::HashSet;
 use std::fs;
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
@@ -208,7 +207,7 @@ fn build(part: &Part, source: &Path, target: &Path) -> Result<()> {
     let _ = fs::remove_file(source.join("go.sum"));
     let packages: Vec<&str> = part.programs.iter().map(|(package, _)| *package).collect();
     let tags = format!("-tags={}", part.tags);
-    let mut progress = Progress::new(format!("{}: modules", part.name), None);
+    let mut progress = Progress::new(format!("{}: modules", part.name));
     let list = [&["list", "-mod=mod", &tags, "-deps", "-f", "{{.ImportPath}}"], packages.as_slice()].concat();
     // Once to download with something to see, once to count.
     command::watch_stderr(go(source, &list), LONGEST, |line| {
@@ -221,20 +220,20 @@ fn build(part: &Part, source: &Path, target: &Path) -> Result<()> {
     })?;
     let all = command::output(go(source, &list), LONGEST)?.lines().count();
     progress.done();
-    let mut progress = Progress::new(format!("{}: packages", part.name), Some(all));
+    println!(
+        "    {}: {all} packages at most: those that Go has kept from an earlier build are not built again",
+        part.name
+    );
     let stamps: Vec<String> = part.stamps.iter().map(|(variable, value)| format!("-X {variable}={value}")).collect();
     let linker = format!("-ldflags=-s -w {}", stamps.join(" "));
     for (package, program) in part.programs {
         let file = target.join(program);
         let file = file.to_str().context("the cache folder's name is not UTF-8")?;
         let args = ["build", "-v", "-mod=mod", "-trimpath", "-buildvcs=false", &tags, &linker, "-o", file, package];
-        let mut seen = HashSet::new();
-        command::watch_stderr(go(source, &args), LONGEST, |line| {
-            if seen.insert(line.to_owned()) {
-                progress.step();
-            }
-        })
-        .with_context(|| format!("cannot build {program} {}: see what Go says, then run this again", part.version))?;
+        let mut progress = Progress::new(format!("{program}: packages"));
+        command::watch_stderr(go(source, &args), LONGEST, |_| progress.step()).with_context(|| {
+            format!("cannot build {program} {}: see what Go says, then run this again", part.version)
+        })?;
     }
     progress.done();
     Ok(())
@@ -286,15 +285,14 @@ fn write(path: &Path, text: &str) -> Result<()> {
 /// A count that moves on a terminal, and a line now and then elsewhere.
 struct Progress {
     what: String,
-    of: Option<usize>,
     count: usize,
     start: Instant,
     shown: Instant,
 }
 
 impl Progress {
-    fn new(what: String, of: Option<usize>) -> Self {
-        Self { what, of, count: 0, start: Instant::now(), shown: Instant::now() }
+    fn new(what: String) -> Self {
+        Self { what, count: 0, start: Instant::now(), shown: Instant::now() }
     }
 
     fn step(&mut self) {
@@ -319,9 +317,7 @@ impl Progress {
     }
 
     fn text(&self) -> String {
-        // Packages that Go has kept from an earlier build are not built again.
-        let of = self.of.map(|of| format!(" of at most {of}")).unwrap_or_default();
-        format!("{} {}{of}, {:.0} s", self.what, self.count, self.start.elapsed().as_secs_f64())
+        format!("{} {}, {:.0} s", self.what, self.count, self.start.elapsed().as_secs_f64())
     }
 }
 

@@ -91,6 +91,8 @@ pub fn control_plane(cluster: &Cluster) -> Vec<Component> {
                 ("root-ca-file", &pki("ca.crt")),
                 ("cluster-signing-cert-file", &pki("ca.crt")),
                 ("cluster-signing-key-file", &pki("ca.key")),
+                // Its default is a folder of the machine, which it makes.
+                ("flex-volume-plugin-dir", &cluster.place(CONTROL).join("volume-plugins").display().to_string()),
                 // Each node's CNI settings hold its range.
                 ("allocate-node-cidrs", "false"),
             ]),
@@ -250,6 +252,7 @@ fn kubelet_settings(cluster: &Cluster, node: Node) -> String {
          failSwapOn: false\n\
          enforceNodeAllocatable: []\n\
          oomScoreAdj: 0\n\
+         volumePluginDir: /var/lib/kubelet/volume-plugins\n\
          resolvConf: /dev/null\n\
          clusterDomain: cluster.local\n\
          clusterDNS: [{DNS}]\n\
@@ -264,6 +267,8 @@ fn kubelet_settings(cluster: &Cluster, node: Node) -> String {
     )
 }
 
+/// Pods are routed, not bridged: an answer that crosses a bridge from pod to pod misses the Service's translation wherever
+/// the kernel's module br_netfilter is not loaded.
 fn cni_settings(node: Node) -> String {
     let [v4, v6] = node.pods();
     format!(
@@ -272,10 +277,7 @@ fn cni_settings(node: Node) -> String {
   "name": "cluster",
   "plugins": [
     {{
-      "type": "bridge",
-      "bridge": "cni0",
-      "isGateway": true,
-      "hairpinMode": true,
+      "type": "ptp",
       "ipam": {{
         "type": "host-local",
         "ranges": [[{{"subnet": "{v4}"}}], [{{"subnet": "{v6}"}}]],

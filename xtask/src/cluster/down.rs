@@ -40,14 +40,15 @@ pub fn clear(cluster: &Cluster) -> Result<Vec<String>> {
         }
     };
     // Those that start others first, so that nothing new is born meanwhile.
-    for component in components::all(cluster).iter().rev() {
-        Recorded::new(cluster, component.place, component.name).kill();
-    }
-    for node in NODES {
-        Recorded::new(cluster, node.name, HOLDER).kill();
-    }
+    let all = components::all(cluster);
+    let programs = all.iter().rev().map(|component| (component.place, component.name));
+    let holders = NODES.iter().map(|node| (node.name, HOLDER));
+    note(
+        programs.chain(holders).filter(|(place, name)| Recorded::new(cluster, place, name).kill()).count(),
+        "programs",
+    );
     // Shims and pods are in no record, but they were born in these cgroups.
-    note(cgroups::kill(cluster.name())?, "processes");
+    note(cgroups::kill(cluster.name())?, "processes of pods");
     note(cgroups::remove(cluster.name())?, "cgroups");
     note(network::remove(cluster)?, "network namespaces");
     for entry in fs::read_dir(cluster.folder()).into_iter().flatten().flatten() {

@@ -102,11 +102,10 @@ impl Recorded {
             .with_context(|| format!("cannot write {}", path.display()))
     }
 
-    /// Ends it, if it is still the process that was started.
-    pub fn kill(&self) {
-        if let Some(pid) = self.pid().and_then(|pid| Pid::from_raw(pid.cast_signed())) {
-            let _ = kill_process(pid, Signal::KILL);
-        }
+    /// Ends it, if it is still the process that was started; says whether it was.
+    pub fn kill(&self) -> bool {
+        let Some(pid) = self.pid().and_then(|pid| Pid::from_raw(pid.cast_signed())) else { return false };
+        kill_process(pid, Signal::KILL).is_ok()
     }
 
     /// The last lines of its log, for a sentence that says that it failed.
