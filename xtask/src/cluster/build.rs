@@ -3,13 +3,14 @@
 //! In come versions; out come folders of static binaries in the cache. Nothing but Go and its module proxy is needed:
 //! Debian has no kubelet and no apiserver, and its etcd is too old for them.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
+use rustix::fs::{FlockOperation, flock};
 use serde_json::Value;
 
 use super::command::{self, SHORT};
@@ -163,16 +164,23 @@ fn kept(cache: &Path, name: &str, make: impl FnOnce(&Path) -> Result<()>) -> Res
         return Ok(());
     }
     need_go()?;
+    // One build at a time: they share folders.
+    let lock = File::open(cache).with_context(|| format!("cannot open {}", cache.display()))?;
+    command::wait_until("another command has built the cluster's programs", LONGEST, || {
+        Ok(flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok())
+    })?;
+    if finished.is_dir() {
+        return Ok(());
+    }
     let start = Instant::now();
     println!("==> build {name} (once; kept in {})", cache.display());
-    let partial = cache.join(format!("{name}.partial-{}", std::process::id()));
+    let partial = cache.join(format!("{name}.partial"));
+    // Of a build that was killed.
+    let _ = fs::remove_dir_all(&partial);
     let made = fs::create_dir_all(&partial)
         .with_context(|| format!("cannot make {}", partial.display()))
         .and_then(|()| make(&partial))
-        // Another run may have been faster: then its folder is as good.
-        .and_then(|()| {
-            fs::rename(&partial, &finished).or_else(|e| if finished.is_dir() { Ok(()) } else { Err(e.into()) })
-        });
+        .and_then(|()| fs::rename(&partial, &finished).with_context(|| format!("cannot make {}", finished.display())));
     let _ = fs::remove_dir_all(&partial);
     made?;
     println!("    {name}: {:.0} s, {} MB", start.elapsed().as_secs_f64(), size(&finished) / 1_000_000);

@@ -31,6 +31,11 @@ pub fn check_interrupt() -> Result<()> {
     Ok(())
 }
 
+/// Says whether there was a Ctrl-C and forgets it: what cleans up has to wait too.
+pub fn take_interrupt() -> bool {
+    INTERRUPTED.swap(false, Ordering::Relaxed)
+}
+
 /// Polls `condition`; fails with `what` after `deadline`, at once when it fails itself, and on Ctrl-C.
 pub fn wait_until(what: &str, deadline: Duration, mut condition: impl FnMut() -> Result<bool>) -> Result<Duration> {
     let start = Instant::now();

@@ -48,7 +48,7 @@ pub fn clear(cluster: &Cluster) -> Result<Vec<String>> {
         "programs",
     );
     // Shims and pods are in no record, but they were born in these cgroups.
-    note(cgroups::kill(cluster.name())?, "processes of pods");
+    note(cgroups::kill(cluster.name())?, "more processes");
     note(cgroups::remove(cluster.name())?, "cgroups");
     note(network::remove(cluster)?, "network namespaces");
     for entry in fs::read_dir(cluster.folder()).into_iter().flatten().flatten() {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 
 use super::build::{self, Programs};
-use super::command::{self, check_interrupt, wait_until};
+use super::command::{self, check_interrupt, take_interrupt, wait_until};
 use super::components::{self, Component, PAUSE_IMAGE};
 use super::layout::{CONTROL, Cluster, NODES, Node};
 use super::process::{self, HOLDER, Recorded};
@@ -24,9 +24,16 @@ pub fn run(cluster: &Cluster, keep: bool) -> Result<()> {
     let programs = build::ensure()?;
     let lock = lock(cluster)?;
     let start = Instant::now();
+    let ran = network::is_whole(cluster) && runs(cluster);
+    if !ran {
+        // What a cluster that was killed has left would be in the way.
+        down::clear(cluster)?;
+    }
     if let Err(e) = bring_up(cluster, &programs) {
-        if keep && check_interrupt().is_ok() {
-            eprintln!("what has started is left as it is; its logs: {}/*/*.log", cluster.folder().display());
+        let interrupted = take_interrupt();
+        if ran || keep && !interrupted {
+            // A cluster that was in use is not ended because a second `up` was.
+            eprintln!("what runs is left as it is, its logs in {}/*/*.log", cluster.folder().display());
             return Err(e);
         }
         println!("removing what has started");
@@ -55,10 +62,6 @@ fn need_programs() -> Result<()> {
 }
 
 fn bring_up(cluster: &Cluster, programs: &Programs) -> Result<()> {
-    if !network::is_whole(cluster) || !runs(cluster) {
-        // What a cluster that was killed has left would be in the way.
-        down::clear(cluster)?;
-    }
     step("network", || network::ensure(cluster))?;
     step("certificates", || certificates::ensure(cluster))?;
     write_kubectl(cluster, programs)?;
