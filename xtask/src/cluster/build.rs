@@ -9,11 +9,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use rustix::fs::{FlockOperation, flock};
 use serde_json::Value;
 
-use super::command::{self, SHORT};
+use super::command;
+use crate::run::has;
 
 const KUBERNETES: &str = "v1.36.3";
 const CONTAINERD: &str = "v2.4.2";
@@ -192,12 +193,12 @@ fn size(folder: &Path) -> u64 {
 }
 
 fn need_go() -> Result<()> {
-    let mut command = Command::new("go");
-    command.arg("version");
-    let version = command::output(command, SHORT);
-    version.map(drop).context(
-        "the cluster's programs are built by Go, which is not on PATH: install it from https://go.dev/dl (1.26 or newer)",
-    )
+    if !has("go") {
+        bail!(
+            "the cluster's programs are built by Go, which is not on PATH: install Go 1.26 or newer from https://go.dev/dl"
+        );
+    }
+    Ok(())
 }
 
 /// Go in a folder of ours: no C, and no settings of a workspace around it.
@@ -223,9 +224,7 @@ fn build(part: &Part, source: &Path, target: &Path) -> Result<()> {
             progress.step();
         }
     })
-    .with_context(|| {
-        format!("cannot get {} {}: is Go's module proxy reachable (`go env GOPROXY`)?", part.module, part.version)
-    })?;
+    .with_context(|| unreachable_proxy(part))?;
     let all = command::output(go(source, &list), LONGEST)?.lines().count();
     progress.done();
     println!(
@@ -252,12 +251,12 @@ fn build(part: &Part, source: &Path, target: &Path) -> Result<()> {
 /// `k8s.io/kubernetes` names the modules that it is released together with at v0.0.0: each is there as v0.X.
 fn module_file(part: &Part) -> Result<String> {
     let (module, version) = (part.module, part.version);
-    let mut command = Command::new("go");
-    command.args(["mod", "download", "-json", &format!("{module}@{version}")]).env("GOWORK", "off");
-    command.current_dir(std::env::temp_dir());
-    let answer = command::output(command, LONGEST).with_context(|| {
-        format!("cannot get {module} {version}: is Go's module proxy reachable (`go env GOPROXY`)?")
-    })?;
+    let wanted = format!("{module}@{version}");
+    let nowhere = std::env::temp_dir();
+    // Once for a reason where it fails, which is told to a person, and once for a program's eyes.
+    let answer = command::watch_stderr(go(&nowhere, &["mod", "download", &wanted]), LONGEST, |_| {})
+        .and_then(|()| command::output(go(&nowhere, &["mod", "download", "-json", &wanted]), LONGEST));
+    let answer = answer.with_context(|| unreachable_proxy(part))?;
     let answer: Value =
         serde_json::from_str(&answer).with_context(|| format!("cannot read what Go says of {module}"))?;
     let file = answer["GoMod"].as_str().with_context(|| format!("Go has no go.mod of {module} {version}"))?;
@@ -269,6 +268,10 @@ fn module_file(part: &Part) -> Result<String> {
         own.push_str(&format!("\nreplace {staging} => {staging} {released}\n"));
     }
     Ok(own)
+}
+
+fn unreachable_proxy(part: &Part) -> String {
+    format!("cannot get {} {} (is Go's module proxy, `go env GOPROXY`, reachable?)", part.module, part.version)
 }
 
 fn staging_modules(text: &str) -> Vec<&str> {
