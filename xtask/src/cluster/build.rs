@@ -19,6 +19,7 @@ use crate::run::has;
 const KUBERNETES: &str = "v1.36.3";
 const CONTAINERD: &str = "v2.4.2";
 const ETCD: &str = "v3.6.5";
+pub const COREDNS: &str = "v1.15.0";
 /// Raised when PAUSE changes.
 const PAUSE_VERSION: &str = "v1";
 
@@ -103,6 +104,14 @@ const PARTS: &[Part] = &[
         module: "go.etcd.io/etcd/server/v3",
         version: ETCD,
         programs: &[("go.etcd.io/etcd/server/v3", "etcd")],
+        tags: "",
+        stamps: &[],
+    },
+    Part {
+        name: "coredns",
+        module: "github.com/coredns/coredns",
+        version: COREDNS,
+        programs: &[("github.com/coredns/coredns", "coredns")],
         tags: "",
         stamps: &[],
     },
@@ -225,12 +234,9 @@ fn build(part: &Part, source: &Path, target: &Path) -> Result<()> {
         }
     })
     .with_context(|| unreachable_proxy(part))?;
-    let all = command::output(go(source, &list), LONGEST)?.lines().count();
     progress.done();
-    println!(
-        "    {}: {all} packages at most: those that Go has kept from an earlier build are not built again",
-        part.name
-    );
+    let all = command::output(go(source, &list), LONGEST)?.lines().count();
+    println!("    {}: {all} packages, without those that Go has kept from an earlier build", part.name);
     let stamps: Vec<String> = part.stamps.iter().map(|(variable, value)| format!("-X {variable}={value}")).collect();
     let linker = format!("-ldflags=-s -w {}", stamps.join(" "));
     for (package, program) in part.programs {
@@ -241,8 +247,8 @@ fn build(part: &Part, source: &Path, target: &Path) -> Result<()> {
         command::watch_stderr(go(source, &args), LONGEST, |_| progress.step()).with_context(|| {
             format!("cannot build {program} {}: see what Go says, then run this again", part.version)
         })?;
+        progress.done();
     }
-    progress.done();
     Ok(())
 }
 

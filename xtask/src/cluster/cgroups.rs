@@ -152,6 +152,11 @@ mod tests {
 
     #[test]
     fn a_zombie_is_told_by_its_state() {
-        assert!(!is_zombie(std::process::id().cast_signed()));
+        let mut child = std::process::Command::new("true").spawn().expect("`true` runs");
+        let pid = child.id().cast_signed();
+        wait_until("the child has ended", PATIENCE, || Ok(is_zombie(pid))).expect("it ends at once");
+        child.wait().expect("it was not waited for before");
+        assert!(!is_zombie(pid), "gone");
+        assert!(!is_zombie(std::process::id().cast_signed()), "alive");
     }
 }

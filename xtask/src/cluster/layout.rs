@@ -21,7 +21,7 @@ pub const PREFIX: &str = "nmk-";
 pub const SERVICE_IP: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 1);
 pub const SERVICES: &str = "10.96.0.0/16,fd00:10:96::/112";
 pub const PODS: &str = "10.244.0.0/16,fd00:10:244::/48";
-/// Where a cluster's DNS would be.
+/// Where the cluster's DNS is.
 pub const DNS: &str = "10.96.0.10";
 
 pub const CONTROL: &str = "control";

@@ -8,6 +8,7 @@ mod certificates;
 mod cgroups;
 mod command;
 mod components;
+mod dns;
 mod down;
 mod image;
 mod layout;

@@ -195,6 +195,9 @@ mod tests {
         let record = format!("{} {}", child.id(), begun(child.id()).unwrap());
         assert_eq!(alive(&record), Some(child.id()));
         child.kill().unwrap();
+        let deadline = std::time::Duration::from_secs(20);
+        // Before anybody has asked for its end, too.
+        mesh_tests::eventually(deadline, "a zombie is not alive", || alive(&record).is_none());
         child.wait().unwrap();
         assert_eq!(alive(&record), None);
     }

@@ -12,11 +12,11 @@ use super::command::{self, check_interrupt, take_interrupt, wait_until};
 use super::components::{self, Component, PAUSE_IMAGE};
 use super::layout::{CONTROL, Cluster, NODES, Node};
 use super::process::{self, HOLDER, Recorded};
-use super::{certificates, cgroups, down, image, lock, network};
+use super::{certificates, cgroups, dns, down, image, lock, network};
 use crate::run::has;
 
 /// For one program to become ready: a second or two on a free machine.
-const READY: Duration = Duration::from_secs(120);
+pub const READY: Duration = Duration::from_secs(120);
 
 pub fn run(cluster: &Cluster, keep: bool) -> Result<()> {
     command::watch_interrupt()?;
@@ -93,7 +93,7 @@ fn bring_up(cluster: &Cluster, programs: &Programs) -> Result<()> {
             wait_until(&what, READY, || Ok(is_node_ready(cluster, programs, node))).map(drop)
         })?;
     }
-    Ok(())
+    step("DNS", || dns::ensure(cluster, programs))
 }
 
 /// Whether anything of it runs.
