@@ -236,7 +236,7 @@ fn build(part: &Part, source: &Path, target: &Path) -> Result<()> {
     .with_context(|| unreachable_proxy(part))?;
     progress.done();
     let all = command::output(go(source, &list), LONGEST)?.lines().count();
-    println!("    {}: {all} packages, without those that Go has kept from an earlier build", part.name);
+    println!("    {}: {all} packages at most", part.name);
     let stamps: Vec<String> = part.stamps.iter().map(|(variable, value)| format!("-X {variable}={value}")).collect();
     let linker = format!("-ldflags=-s -w {}", stamps.join(" "));
     for (package, program) in part.programs {
