@@ -207,7 +207,8 @@ pub fn write_settings(cluster: &Cluster, node: Node) -> Result<()> {
 }
 
 fn containerd_settings() -> String {
-    // restrict_oom_score_adj: without CAP_SYS_RESOURCE runc cannot lower it, and dies.
+    // restrict_oom_score_adj: without CAP_SYS_RESOURCE runc cannot lower it, and dies. disable_apparmor: a profile would
+    // be loaded for the whole machine, and stay.
     format!(
         r#"version = 3
 root = "/var/lib/containerd"
@@ -221,6 +222,7 @@ sandbox = "{PAUSE_IMAGE}"
 
 [plugins."io.containerd.cri.v1.runtime"]
 restrict_oom_score_adj = true
+disable_apparmor = true
 
 [plugins."io.containerd.cri.v1.runtime".cni]
 bin_dirs = ["/opt/cni/bin", "/usr/lib/cni"]
