@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context as _, Result};
+use serde_json::json;
 
 use super::build::Programs;
 use super::command::{self, SHORT};
@@ -203,7 +204,7 @@ pub fn write_settings(cluster: &Cluster, node: Node) -> Result<()> {
     };
     write("containerd.toml", &containerd_settings())?;
     write("kubelet.yaml", &kubelet_settings(cluster, node))?;
-    write("cni.conflist", &cni_settings(node))
+    write("cni.conflist", &cni_settings(node, bridges_are_filtered()))
 }
 
 fn containerd_settings() -> String {
@@ -269,28 +270,28 @@ fn kubelet_settings(cluster: &Cluster, node: Node) -> String {
     )
 }
 
-/// Pods are routed, not bridged: an answer that crosses a bridge from pod to pod misses the Service's translation wherever
-/// the kernel's module br_netfilter is not loaded.
-fn cni_settings(node: Node) -> String {
+/// Whether nftables sees what crosses a bridge: the kernel's br_netfilter is there.
+fn bridges_are_filtered() -> bool {
+    Path::new("/proc/sys/net/bridge/bridge-nf-call-iptables").exists()
+}
+
+/// Pods on a bridge, or routed one by one where `filtered` is false: an answer that crosses an unfiltered bridge from pod
+/// to pod misses the translation of its Service. Loading br_netfilter would change every bridge of the machine. Always
+/// routing would make each pod's start two seconds longer, in which `ptp` waits for IPv6 to find no duplicate address.
+fn cni_settings(node: Node, filtered: bool) -> String {
     let [v4, v6] = node.pods();
-    format!(
-        r#"{{
-  "cniVersion": "1.0.0",
-  "name": "cluster",
-  "plugins": [
-    {{
-      "type": "ptp",
-      "ipam": {{
+    let mut plugin = if filtered {
+        json!({"type": "bridge", "bridge": "cni0", "isGateway": true, "hairpinMode": true})
+    } else {
+        json!({"type": "ptp"})
+    };
+    plugin["ipam"] = json!({
         "type": "host-local",
-        "ranges": [[{{"subnet": "{v4}"}}], [{{"subnet": "{v6}"}}]],
-        "routes": [{{"dst": "0.0.0.0/0"}}, {{"dst": "::/0"}}]
-      }}
-    }},
-    {{"type": "portmap", "capabilities": {{"portMappings": true}}}}
-  ]
-}}
-"#
-    )
+        "ranges": [[{"subnet": v4}], [{"subnet": v6}]],
+        "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}],
+    });
+    let ports = json!({"type": "portmap", "capabilities": {"portMappings": true}});
+    json!({"cniVersion": "1.0.0", "name": "cluster", "plugins": [plugin, ports]}).to_string()
 }
 
 /// Brings an image onto a node.
@@ -306,10 +307,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn settings_of_cni_are_json_with_the_nodes_own_range() {
-        let [n1, n2] = NODES.map(cni_settings);
-        assert_ne!(n1, n2);
-        let settings: Value = serde_json::from_str(&n1).unwrap();
-        assert_eq!(settings["plugins"][0]["ipam"]["ranges"][0][0]["subnet"], "10.244.1.0/24");
+    fn pods_are_bridged_only_where_services_work_so() {
+        for (filtered, kind) in [(true, "bridge"), (false, "ptp")] {
+            let settings: Value = serde_json::from_str(&cni_settings(NODES[0], filtered)).unwrap();
+            assert_eq!(settings["plugins"][0]["type"], kind);
+            assert_eq!(settings["plugins"][0]["ipam"]["ranges"][0][0]["subnet"], "10.244.1.0/24");
+        }
+        assert_ne!(cni_settings(NODES[0], true), cni_settings(NODES[1], true), "each node has a range of its own");
     }
 }
