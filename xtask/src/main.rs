@@ -2,6 +2,7 @@
 
 mod bench;
 mod build;
+mod cluster;
 mod demo;
 mod fuzz;
 mod lint;
@@ -51,6 +52,8 @@ enum Chore {
         #[arg(long)]
         keep: bool,
     },
+    /// A real Kubernetes of two nodes on this machine (needs root)
+    Cluster(cluster::Arguments),
     /// Remove what killed test runs and demos left behind
     Sweep,
 }
@@ -64,6 +67,7 @@ fn main() -> ExitCode {
         Chore::Fuzz { seconds } => fuzz::run(Duration::from_secs(seconds)),
         Chore::Bench(arguments) => bench::run(&arguments),
         Chore::Demo { keep } => demo::run(keep),
+        Chore::Cluster(arguments) => cluster::run(&arguments),
         Chore::Sweep => {
             sweep();
             Ok(())

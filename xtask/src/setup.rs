@@ -8,8 +8,10 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::run::{has, is_root, step};
 
-/// Programs that tests, demo and benchmarks run, with Debian's package for each.
+/// Programs that tests, demo, benchmarks and clusters run, with Debian's package for each.
 const PROGRAMS: &[(&str, &str)] = &[
+    // Not on PATH: containerd looks for plugins there.
+    ("/usr/lib/cni/bridge", "containernetworking-plugins"),
     ("ab", "apache2-utils"),
     ("bash", "bash"),
     ("bpftool", "bpftool"),
@@ -33,6 +35,7 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("python3", "python3"),
     ("redis-cli", "redis-tools"),
     ("redis-server", "redis-server"),
+    ("runc", "runc"),
     ("setpriv", "util-linux"),
     ("sh", "dash"),
     ("socat", "socat"),
