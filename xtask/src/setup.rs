@@ -8,10 +8,8 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::run::{has, is_root, step};
 
-/// Programs that tests, demo, benchmarks and clusters run, with Debian's package for each.
+/// Programs that tests, demo and benchmarks run, with Debian's package for each.
 const PROGRAMS: &[(&str, &str)] = &[
-    // Not on PATH: containerd looks for plugins there.
-    ("/usr/lib/cni/bridge", "containernetworking-plugins"),
     ("ab", "apache2-utils"),
     ("bash", "bash"),
     ("bpftool", "bpftool"),
@@ -35,13 +33,15 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("python3", "python3"),
     ("redis-cli", "redis-tools"),
     ("redis-server", "redis-server"),
-    ("runc", "runc"),
     ("setpriv", "util-linux"),
     ("sh", "dash"),
+    ("sha256sum", "coreutils"),
     ("socat", "socat"),
     ("ss", "iproute2"),
+    ("tar", "tar"),
     ("tcpdump", "tcpdump"),
     ("timeout", "coreutils"),
+    ("true", "coreutils"),
     ("umount", "mount"),
     ("wrk", "wrk"),
 ];
@@ -49,6 +49,19 @@ const PROGRAMS: &[(&str, &str)] = &[
 /// Debian's compiler, which has the source of `core` beside it as a package.
 /// Where Ubuntu's packages are called otherwise than Debian's.
 const OF_UBUNTU: &[(&str, &str)] = &[("bpftool", "linux-tools-generic")];
+
+/// What `cargo xtask cluster` needs beside, and Go, which Debian has too old.
+const CLUSTER: &[(&str, &str)] = &[
+    // Not on PATH: containerd looks for plugins there.
+    ("/usr/lib/cni/bridge", "containernetworking-plugins"),
+    ("curl", "curl"),
+    ("ip", "iproute2"),
+    ("nft", "nftables"),
+    ("nsenter", "util-linux"),
+    ("openssl", "openssl"),
+    ("runc", "runc"),
+    ("unshare", "util-linux"),
+];
 
 const DEBIAN_RUSTC: &str = "/usr/bin/rustc";
 
@@ -76,6 +89,14 @@ pub fn run_for_demo() -> Result<()> {
     bpf_linker(&kernel_compiler()?)
 }
 
+/// What `cargo xtask cluster` needs, which is other.
+pub fn run_for_cluster() -> Result<()> {
+    match missing_of(CLUSTER) {
+        missing if missing.is_empty() => Ok(()),
+        missing => install_packages(&missing),
+    }
+}
+
 /// Fails where something is missing that `run` would install.
 pub fn check() -> Result<()> {
     let missing = missing_packages();
@@ -86,7 +107,11 @@ pub fn check() -> Result<()> {
 }
 
 fn missing_packages() -> Vec<&'static str> {
-    let missing = PROGRAMS.iter().filter(|(program, _)| !has(program)).map(|(_, package)| *package);
+    missing_of(PROGRAMS)
+}
+
+fn missing_of(programs: &[(&str, &'static str)]) -> Vec<&'static str> {
+    let missing = programs.iter().filter(|(program, _)| !has(program)).map(|(_, package)| *package);
     let missing: BTreeSet<&str> = missing.collect();
     missing.into_iter().collect()
 }
@@ -219,8 +244,9 @@ mod tests {
 
     #[test]
     fn every_program_that_the_sources_call_has_a_package() {
-        // Those that Rust brings, that are asked for only if they are there, or that only the demo's text speaks of.
-        const OTHERS: &[&str] = &["apt-get", "bpf-linker", "cargo", "kubectl", "rustc", "rustup"];
+        // Those that Rust brings, that are asked for only if they are there, that only the demo's text speaks of, or that
+        // `cluster` says itself are missing.
+        const OTHERS: &[&str] = &["apt-get", "bpf-linker", "cargo", "go", "kubectl", "rustc", "rustup"];
         const CALLS: &[&str] = &["Command::new(\"", ".command(\"", ".start(\"", ".output(\"", " run(&format!(\""];
         fn sources(folder: &Path, found: &mut Vec<String>) {
             for path in std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()) {

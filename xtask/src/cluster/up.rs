@@ -13,14 +13,14 @@ use super::components::{self, Component, PAUSE_IMAGE};
 use super::layout::{CONTROL, Cluster, NODES, Node};
 use super::process::{self, HOLDER, Recorded};
 use super::{certificates, cgroups, dns, down, image, lock, network};
-use crate::run::has;
+use crate::setup;
 
 /// For one program to become ready: a second or two on a free machine.
 pub const READY: Duration = Duration::from_secs(120);
 
 pub fn run(cluster: &Cluster, keep: bool) -> Result<()> {
     command::watch_interrupt()?;
-    need_programs()?;
+    setup::run_for_cluster()?;
     let programs = build::ensure()?;
     let lock = lock(cluster)?;
     let start = Instant::now();
@@ -45,19 +45,6 @@ pub fn run(cluster: &Cluster, keep: bool) -> Result<()> {
     println!("  export KUBECONFIG={} PATH={}:$PATH", cluster.kubeconfig().display(), cluster.bin().display());
     println!("  kubectl get nodes");
     println!("`cargo xtask cluster status` shows its programs, `cargo xtask cluster down` removes everything.");
-    Ok(())
-}
-
-/// What comes from packages.
-fn need_programs() -> Result<()> {
-    for program in ["ip", "nft", "curl", "runc", "nsenter", "unshare"] {
-        if !has(program) {
-            bail!("{program} is missing: run `cargo xtask setup`");
-        }
-    }
-    if !["/usr/lib/cni/bridge", "/opt/cni/bin/bridge"].iter().any(|path| Path::new(path).is_file()) {
-        bail!("the CNI plugins are missing: run `cargo xtask setup`");
-    }
     Ok(())
 }
 
