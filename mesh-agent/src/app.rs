@@ -57,6 +57,15 @@ async fn node(config: config::Node, log: logging::LogLevel) -> anyhow::Result<()
     let starting = readiness.block("the programs in the kernel and the pods of this node");
     tokio::spawn(serve_readiness(readiness_listener, readiness.clone()));
 
+    let in_kernel = Options {
+        bpffs: config.bpffs.clone(),
+        node: config.node_name.clone(),
+        cgroup: config.cgroup.clone(),
+        probe_cgroup: config.probe_cgroup.clone(),
+        kernel_log: config.kernel_log,
+        original_dst_entries: config.orig_dst_entries,
+    };
+    let _lock = Redirect::lock(&in_kernel)?;
     let last_good = Some(config.state_dir.join("last-good-node.json"));
     let sources = discovery::start(discovery::Options {
         last_good,
@@ -65,14 +74,7 @@ async fn node(config: config::Node, log: logging::LogLevel) -> anyhow::Result<()
     let certificates = certificates(&config)?;
     let access_log = config.access_log.map_or_else(AccessLog::off, AccessLog::new);
     let telemetry = Arc::new(Telemetry::new(access_log));
-    let redirect = Arc::new(Redirect::start(&Options {
-        bpffs: config.bpffs.clone(),
-        node: config.node_name.clone(),
-        cgroup: config.cgroup.clone(),
-        probe_cgroup: config.probe_cgroup.clone(),
-        kernel_log: config.kernel_log,
-        original_dst_entries: config.orig_dst_entries,
-    })?);
+    let redirect = Arc::new(Redirect::start(&in_kernel)?);
 
     let name: Arc<str> = config.node_name.as_str().into();
     let proxy = Arc::new(Proxy::start(ProxyInputs {

@@ -2,6 +2,7 @@
 
 use std::io::Write;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 
 use super::exit::Failure;
 use crate::config::Cleanup;
@@ -30,6 +31,10 @@ pub(super) fn cleanup(config: &Cleanup, out: &mut impl Write) -> anyhow::Result<
         writeln!(out, "removed {}", admin_socket.display())?;
     } else if removed.is_empty() {
         writeln!(out, "nothing of node {node_name} is left in the kernel")?;
+    }
+    // The agent mounts it where there is none, and others may have come to use it since.
+    if bpffs != Path::new("/sys/fs/bpf") && Redirect::is_bpffs(bpffs) {
+        writeln!(out, "left: the bpffs at {path}; if nothing else uses it: umount {path}", path = bpffs.display())?;
     }
     Ok(())
 }

@@ -18,7 +18,7 @@ use std::fs::File;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{BorrowedFd, RawFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -95,15 +95,40 @@ pub struct Redirect {
     node_netns: NetnsCookie,
     pins: Pins,
     maps: Maps,
-    /// Held for life: two agents for one node would take each other's pods.
-    _lock: File,
     /// Held while a pod joins or leaves.
     pods: Mutex<(Pods, Loader)>,
     orig_dst_missing: AtomicU64,
     _log: Option<KernelLog>,
 }
 
+/// Held by an agent for life. A second agent of the same node would take its pods over, and a clean-up would let them
+/// speak in plaintext.
+#[derive(Debug)]
+pub struct NodeLock {
+    pins: Pins,
+    _folder: File,
+}
+
+impl Drop for NodeLock {
+    fn drop(&mut self) {
+        // Goes only where nothing was pinned in it.
+        self.pins.remove_empty();
+    }
+}
+
 impl Redirect {
+    /// Makes this process the only one that may start, or clean up, for the node; to be called before either. Until the
+    /// lock is dropped or the process ends.
+    pub fn lock(options: &Options) -> Result<NodeLock, RedirectError> {
+        host::check_capabilities()?;
+        let pins = Pins::new(options, 0)?;
+        host::ensure_bpffs(&options.bpffs)?;
+        match pins.lock()? {
+            Some(folder) => Ok(NodeLock { pins, _folder: folder }),
+            None => Err(RedirectError::Running { node: options.node.clone() }),
+        }
+    }
+
     /// Loads, pins and attaches the programs, or takes over what an earlier agent of this node pinned. To be called in
     /// the node's own network namespace.
     pub fn start(options: &Options) -> Result<Self, RedirectError> {
@@ -119,8 +144,7 @@ impl Redirect {
         let pins = Pins::new(options, load::fingerprint(&globals, cgroup.id))?;
         host::ensure_bpffs(&options.bpffs)?;
         let is_first = !pins.exist();
-        let lock = pins.lock()?.ok_or_else(|| RedirectError::Running { node: options.node.clone() })?;
-        Self::bring_up(options, globals, pins.clone(), &cgroup, lock).inspect_err(|_| {
+        Self::bring_up(options, globals, pins.clone(), &cgroup).inspect_err(|_| {
             // Half of a first start is of no use to anybody; a later one leaves in force what was.
             if is_first && let Err(error) = pins.remove_all() {
                 tracing::warn!(%error, "pins of the failed start stay behind");
@@ -128,13 +152,7 @@ impl Redirect {
         })
     }
 
-    fn bring_up(
-        options: &Options,
-        globals: Globals,
-        pins: Pins,
-        cgroup: &Cgroup,
-        lock: File,
-    ) -> Result<Self, RedirectError> {
+    fn bring_up(options: &Options, globals: Globals, pins: Pins, cgroup: &Cgroup) -> Result<Self, RedirectError> {
         pins.create_folders()?;
         // Always: it makes the maps that are missing. Programs are loaded only where their link is.
         let mut loader = Loader::new(options, &pins, &globals);
@@ -158,7 +176,7 @@ impl Redirect {
         let maps = Maps::open(&pins)?;
         let pods = Mutex::new((enroll::restore(&maps)?, loader));
         let node_netns = NetnsCookie(globals.node_netns);
-        Ok(Self { node_netns, pins, maps, pods, _lock: lock, orig_dst_missing: AtomicU64::new(0), _log: log })
+        Ok(Self { node_netns, pins, maps, pods, orig_dst_missing: AtomicU64::new(0), _log: log })
     }
 
     /// Takes a pod in: sk_lookup first, the ENROLLED entry last. Calling it again replaces listeners (after a restart).
@@ -223,6 +241,11 @@ impl Redirect {
         Ok(swept)
     }
 
+    /// Whether a bpffs is mounted there.
+    pub fn is_bpffs(path: &Path) -> bool {
+        host::is_bpffs(path)
+    }
+
     /// Removes every link, map and pin of this node's agent. Returns what was removed, a line each.
     pub fn cleanup(options: &Options) -> Result<Vec<String>, RedirectError> {
         Self::cleanup_with(options, |_| ())
@@ -239,7 +262,7 @@ impl Redirect {
             return Ok(Vec::new());
         }
         // Under a running agent it would open a hole: its pods' traffic would go on past the mesh, in plaintext.
-        let _lock = pins.lock()?.ok_or_else(|| RedirectError::Running { node: options.node.clone() })?;
+        let _lock = Self::lock(options)?;
         // A pod that is enrolled and no longer redirected speaks in plaintext: that is what removing the mesh means. Entries
         // go first, so that no connection is caught between two links.
         if let Ok(maps) = Maps::open(&pins) {

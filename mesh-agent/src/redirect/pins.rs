@@ -70,6 +70,16 @@ impl Pins {
         }
     }
 
+    /// Takes the node's folder away if there is nothing in it.
+    pub fn remove_empty(&self) {
+        if fs::remove_dir(&self.node).is_ok()
+            && let Some(root) = self.node.parent()
+        {
+            // Other nodes' agents may have theirs here.
+            let _ = fs::remove_dir(root);
+        }
+    }
+
     /// Is there anything of this node, of any schema?
     pub fn are_there(&self) -> bool {
         self.node.exists()

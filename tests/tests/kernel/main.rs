@@ -381,13 +381,13 @@ fn other_programs_take_over_without_a_gap() {
             })
         });
         let mut options = node.options.clone();
-        for kernel_log in [true, false, true] {
+        let started = [true, false, true].map(|kernel_log| {
             options.kernel_log = kernel_log;
-            let started = node.netns.run(|| Redirect::start(&options));
-            started.unwrap_or_else(|error| panic!("{error}"));
-        }
+            node.netns.run(|| Redirect::start(&options).map(drop))
+        });
         node.options = options;
         stop.store(true, Ordering::Relaxed);
+        started.into_iter().for_each(|started| started.unwrap_or_else(|error| panic!("{error}")));
         client.join().unwrap()
     });
     assert!(!answers.is_empty());
