@@ -65,7 +65,7 @@ async fn node(config: config::Node, log: logging::LogLevel) -> anyhow::Result<()
         kernel_log: config.kernel_log,
         original_dst_entries: config.orig_dst_entries,
     };
-    let _lock = Redirect::lock(&in_kernel)?;
+    let lock = Redirect::lock(&in_kernel)?;
     let last_good = Some(config.state_dir.join("last-good-node.json"));
     let sources = discovery::start(discovery::Options {
         last_good,
@@ -75,6 +75,7 @@ async fn node(config: config::Node, log: logging::LogLevel) -> anyhow::Result<()
     let access_log = config.access_log.map_or_else(AccessLog::off, AccessLog::new);
     let telemetry = Arc::new(Telemetry::new(access_log));
     let redirect = Arc::new(Redirect::start(&in_kernel)?);
+    lock.for_life();
 
     let name: Arc<str> = config.node_name.as_str().into();
     let proxy = Arc::new(Proxy::start(ProxyInputs {
@@ -205,11 +206,8 @@ pub fn revoke_token(config: &config::Controller, token_or_id: &str) -> anyhow::R
 /// `mesh-agent controller rotate-root`: what was done, a sentence.
 pub fn rotate_root(config: config::Controller) -> anyhow::Result<String> {
     match Ca::open(ca_options(&config)) {
-        Ok(ca) => {
-            let root = ca.rotate_root()?;
-            Ok(format!("root {root} is announced; the controller takes it into use when all nodes trust it"))
-        }
-        // The controller runs, and only it may change its CA.
+        // It alone knows which nodes must learn the new root first: signed too soon, they would trust nobody.
+        Ok(_) => Err(CaError::NoController(config.state_dir).into()),
         Err(CaError::Locked(_)) => ask_controller(&config.state_dir.join(ROTATE_ROOT)),
         Err(e) => Err(e.into()),
     }

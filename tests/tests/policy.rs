@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use mesh_tests::ring::{Case, Mode, World, meshed_only, run};
-use mesh_tests::traffic::{Refusal, SetOnDrop, accept, call, echo, pair, ping, port, pour, refusal};
+use mesh_tests::traffic::{PATIENCE, Refusal, SetOnDrop, accept, call, echo, pair, ping, port, pour, refusal};
 use mesh_tests::{Cgroup, Mesh, MeshMode, Pod, eventually, peer_binary, throughout};
 use socket2::Domain;
 
@@ -314,6 +314,10 @@ fn what_is_broken_at_a_restart_keeps_its_last_good_state(p: &Policy) {
     let deny = "  action: DENY\n  rules:\n  - from:\n    - source:\n        serviceAccounts: [friends/bob]\n";
     let applied = p.authorization("restarted", deny);
     p.becomes(&p.bob, &p.server, WEB, false);
+    let kept = p.world.mesh().dir().join("state-n2/last-good-node.json");
+    eventually(PATIENCE, "the policy is kept", || {
+        std::fs::read_to_string(&kept).is_ok_and(|text| text.contains("restarted"))
+    });
     // Both break while nobody looks: the policy as an object, the namespace with its label as a whole file.
     p.world.agent("n2").kill();
     manifests.apply("restarted", &authorization("restarted", "  action: DENNY\n  rules: [{}]\n"));

@@ -84,7 +84,9 @@ fn of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<Exit> {
     if let Some(error) = cause.downcast_ref::<CaError>() {
         return match error {
             CaError::Lifetime(_) | CaError::Brought => Some(Exit::Usage),
-            CaError::Locked(_) | CaError::UnderWay(_) | CaError::Expired(_) => Some(Exit::Unavailable),
+            CaError::Locked(_) | CaError::NoController(_) | CaError::UnderWay(_) | CaError::Expired(_) => {
+                Some(Exit::Unavailable)
+            }
             // What is below them may know more.
             _ => None,
         };
@@ -108,6 +110,7 @@ fn of_redirect(error: &RedirectError) -> Option<Exit> {
     match error {
         RedirectError::NotCgroup2 { .. }
         | RedirectError::NotInCgroup { .. }
+        | RedirectError::ForeignFolder { .. }
         | RedirectError::NotBpffs { .. }
         | RedirectError::NodeName { .. } => Some(Exit::Usage),
         RedirectError::Capability { .. } => Some(Exit::NoPermission),
@@ -117,6 +120,7 @@ fn of_redirect(error: &RedirectError) -> Option<Exit> {
         | RedirectError::Pin { source, .. } => of_io(source.kind()).or(Some(Exit::Unavailable)),
         // The machine is not what it has to be; another kernel or another owner would mend it.
         RedirectError::Running { .. }
+        | RedirectError::NotTheRoot { .. }
         | RedirectError::NoCgroup2
         | RedirectError::Load { .. }
         | RedirectError::Object { .. }

@@ -191,6 +191,10 @@ impl Enrollment {
         let leaving: Vec<Arc<str>> = pods
             .iter()
             .filter(|(uid, pod)| !wanted.get(*uid).is_some_and(|w| same_place(w, &pod.workload)))
+            // A Namespace that is missing for a moment, or a slip of the pen, lets nobody out.
+            .filter(|(uid, pod)| {
+                !snapshot.workload(uid).is_some_and(|w| !w.mode_is_said && same_place(w, &pod.workload))
+            })
             .filter(|(_, pod)| !matches!(pod.state, State::Joining(_)))
             .map(|(uid, _)| uid.clone())
             .collect();

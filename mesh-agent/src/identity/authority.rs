@@ -71,6 +71,8 @@ pub enum CaError {
     Lifetime(Duration),
     #[error("{}: another process runs this CA; stop it, or give each its own state directory", .0.display())]
     Locked(PathBuf),
+    #[error("no controller runs on {}; start it, let its nodes report for two minutes, and ask again", .0.display())]
+    NoController(PathBuf),
     #[error("{}: it can't be read ({problem}); restore it from a backup, or remove the directory to begin with a new root", path.display())]
     State { path: PathBuf, problem: String },
     #[error("the roots of the CA can't be used together: {0}")]

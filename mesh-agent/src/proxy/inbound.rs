@@ -117,6 +117,7 @@ async fn serve_stream(
             Err(refusal) => return incoming.refuse(refusal),
         };
     let Ok((send, receive)) = incoming.accept() else { return sock::reset(app) };
+    let _served = worker.hold();
     let (counts, cut) = (Rc::new(Counts::default()), Rc::new(Cut::default()));
     let open = enter(worker, pod, judged, Transport::Hbone, &cut, &counts, started);
     let stop = async {

@@ -16,6 +16,7 @@ use super::transport::session::{Counts, Early, Side};
 use super::transport::{HBONE_PORT, connect, copy, hbone, io as sock};
 use super::worker::{LocalPod, Worker};
 use super::{application, balance};
+use crate::enrollment::sockets::Use;
 use crate::model::{Endpoint, OutboundPolicy, Service, Snapshot, Target, Workload};
 use crate::telemetry::{Facts, Party, Reporter, Security};
 
@@ -107,7 +108,6 @@ async fn reach(
     };
     let deadline = Instant::now() + CONNECT_BUDGET;
     let (mut tried, mut last) = (Vec::new(), None);
-    let several = service.ports[port].endpoints.iter().filter(|e| e.ready).count() > 1;
     while tried.len() < MAX_TRIES && Instant::now() < deadline {
         let Some(endpoint) = choose(worker, pod, &service, port, original, &tried) else { break };
         let destination = Destination {
@@ -117,7 +117,8 @@ async fn reach(
         };
         tried.push(endpoint.address);
         // With other endpoints at hand none is waited for.
-        let patience = if several { Duration::ZERO } else { PATIENCE };
+        let others = balance::has_another(original.ip(), &service.ports[port], &tried);
+        let patience = if others { Duration::ZERO } else { PATIENCE };
         match attempt(worker, pod, snapshot, client, destination, tcp, patience).await {
             Ok(found) => return Ok(found),
             Err(failed) if failed.1.is_worth_another_endpoint() => last = Some(failed),
@@ -189,6 +190,9 @@ async fn tunnel(
     patience: Duration,
 ) -> Result<Path, ConnError> {
     let peer = Peer { uid: server.uid.clone(), identity: server.identity.clone(), address: address.ip() };
+    // An agent that takes the connection and then says nothing must not hold the client for ever, nor use up the time in
+    // which another endpoint could be tried.
+    let budget = if patience.is_zero() { CONNECT_BUDGET / 3 } else { CONNECT_BUDGET };
     let dialer = Dialer {
         pod: &pod.pod,
         redirect: &worker.shared.redirect,
@@ -196,10 +200,8 @@ async fn tunnel(
         baggage: &pod.baggage,
         patience,
         wait: wait_for_application(patience),
+        deadline: Instant::now() + budget,
     };
-    // An agent that takes the connection and then says nothing must not hold the client for ever, nor use up the time in
-    // which another endpoint could be tried.
-    let budget = if patience.is_zero() { CONNECT_BUDGET / 3 } else { CONNECT_BUDGET };
     let early = Early::new(tcp);
     let opened = tokio::time::timeout(budget, worker.pool.open(&dialer, &peer, address, &early)).await;
     let opened = opened.unwrap_or_else(|_| {
@@ -224,7 +226,7 @@ fn wait_for_application(patience: Duration) -> Duration {
 }
 
 async fn plain(worker: &Worker, pod: &LocalPod, address: SocketAddr) -> Result<Path, ConnError> {
-    let connected = connect::from_pod(&pod.pod, &worker.shared.redirect, address).await;
+    let connected = connect::from_pod(&pod.pod, &worker.shared.redirect, address, Use::Plain).await;
     let tcp = connected.map_err(|source| ConnError::Connect { address, source })?;
     connect::keep_alive(&tcp);
     Ok(Path::Plain(tcp))

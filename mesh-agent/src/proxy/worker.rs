@@ -29,10 +29,6 @@ use crate::telemetry::{Facts, Outcome, Telemetry};
 /// How often byte counters are brought up to date and idle tunnels are looked at.
 const TICK: Duration = Duration::from_secs(5);
 
-/// So many times a round of ready tasks runs before the sockets are asked again; tokio's own 61 would let small ones wait
-/// for thousands of others' reads and writes.
-const EVENT_INTERVAL: u32 = 4;
-
 /// What all workers share; read only, or by one atomic load.
 pub struct Shared {
     pub node: Arc<str>,
@@ -100,7 +96,7 @@ pub struct Load {
 }
 
 /// One connection more that this worker serves.
-struct Served(Rc<Worker>);
+pub struct Served(Rc<Worker>);
 
 /// Runs a worker on the calling thread until it has drained or its senders are gone.
 pub fn run(
@@ -109,7 +105,7 @@ pub fn run(
     events: mpsc::UnboundedReceiver<Event>,
     changed: watch::Receiver<u64>,
 ) -> std::io::Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().event_interval(EVENT_INTERVAL).build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let worker = Rc::new(Worker {
         index,
         pool: Pool::new(shared.workers.len()),
@@ -235,6 +231,12 @@ impl Worker {
             // A worker that has ended takes nothing: the socket closes.
             Some(other) => drop(other.events.send(Event::Accepted { pod, gate, socket, peer })),
         }
+    }
+
+    /// Counts a connection that came in a tunnel: a drain waits for it.
+    pub fn hold(self: &Rc<Self>) -> Served {
+        self.shared.workers[self.index].load.fetch_add(1, Ordering::Relaxed);
+        Served::new(self)
     }
 
     /// Enters a connection that stands.

@@ -17,8 +17,16 @@ pub enum RedirectError {
         "the agent is not in the cgroup {path}, so the kernel could not tell its connections from those of pods; name a cgroup that holds the agent and the pods, or none for the root"
     )]
     NotInCgroup { path: PathBuf },
+    #[error(
+        "the cgroup2 mount {path} is not the root of the hierarchy, so pods may be outside it; run the agent in the host's cgroup namespace, or name a cgroup that holds it and the pods with --cgroup"
+    )]
+    NotTheRoot { path: PathBuf },
     #[error("cannot open cgroup {path}: {source}; check the path in the settings")]
     Cgroup { path: PathBuf, source: io::Error },
+    #[error(
+        "{path} belongs to user {owner}, who could then stop the agent; remove it, or name another bpffs with --bpffs"
+    )]
+    ForeignFolder { path: PathBuf, owner: u32 },
     #[error("no bpffs at {path} and it cannot be mounted: {source}; run: mount -t bpf bpf {path}")]
     Bpffs { path: PathBuf, source: io::Error },
     #[error(

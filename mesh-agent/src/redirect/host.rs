@@ -44,7 +44,13 @@ impl Cgroup {
             None => {
                 let mounts = fs::read_to_string("/proc/mounts")
                     .map_err(|source| RedirectError::Cgroup { path: "/proc/mounts".into(), source })?;
-                cgroup2_mount(&mounts).ok_or(RedirectError::NoCgroup2)?
+                let mount = cgroup2_mount(&mounts).ok_or(RedirectError::NoCgroup2)?;
+                // Only the root of the hierarchy has no type. What a container with a cgroup namespace of its own sees is
+                // its own folder, and programs there would meet no pod.
+                if mount.join("cgroup.type").exists() {
+                    return Err(RedirectError::NotTheRoot { path: mount });
+                }
+                mount
             }
         };
         Self::open(&found)
@@ -81,7 +87,8 @@ pub fn ensure_bpffs(path: &Path) -> Result<(), RedirectError> {
         return Err(RedirectError::NotBpffs { path: path.to_owned() });
     }
     let flags = rustix::mount::MountFlags::empty();
-    rustix::mount::mount("bpf", path, "bpf", flags, None).map_err(|error| failed(error.into()))
+    // Without a mode every user might write in it.
+    rustix::mount::mount("bpf", path, "bpf", flags, Some(c"mode=0700")).map_err(|error| failed(error.into()))
 }
 
 pub fn is_bpffs(path: &Path) -> bool {

@@ -19,8 +19,8 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{BorrowedFd, RawFd};
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use mesh_common::{ATTESTED_TTL_NANOS, COUNTERS, Event, ORIG_DST_ENTRIES, program};
 
@@ -106,13 +106,21 @@ pub struct Redirect {
 #[derive(Debug)]
 pub struct NodeLock {
     pins: Pins,
-    _folder: File,
+    folder: File,
+}
+
+impl NodeLock {
+    /// Keeps the lock until the process ends, and not only its main function: tasks may go on for a moment.
+    pub fn for_life(self) {
+        static HELD: Mutex<Vec<NodeLock>> = Mutex::new(Vec::new());
+        HELD.lock().unwrap_or_else(PoisonError::into_inner).push(self);
+    }
 }
 
 impl Drop for NodeLock {
     fn drop(&mut self) {
         // Goes only where nothing was pinned in it.
-        self.pins.remove_empty();
+        self.pins.remove_empty(&self.folder);
     }
 }
 
@@ -124,7 +132,7 @@ impl Redirect {
         let pins = Pins::new(options, 0)?;
         host::ensure_bpffs(&options.bpffs)?;
         match pins.lock()? {
-            Some(folder) => Ok(NodeLock { pins, _folder: folder }),
+            Some(folder) => Ok(NodeLock { pins, folder }),
             None => Err(RedirectError::Running { node: options.node.clone() }),
         }
     }
@@ -143,7 +151,7 @@ impl Redirect {
         };
         let pins = Pins::new(options, load::fingerprint(&globals, cgroup.id))?;
         host::ensure_bpffs(&options.bpffs)?;
-        let is_first = !pins.exist();
+        let is_first = !pins.exist()?;
         Self::bring_up(options, globals, pins.clone(), &cgroup).inspect_err(|_| {
             // Half of a first start is of no use to anybody; a later one leaves in force what was.
             if is_first && let Err(error) = pins.remove_all() {

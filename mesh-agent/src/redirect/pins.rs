@@ -11,7 +11,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use mesh_common::SCHEMA;
@@ -55,7 +55,7 @@ impl Pins {
     pub fn lock(&self) -> Result<Option<File>, RedirectError> {
         let failed = |source| RedirectError::Pin { path: self.node.clone(), source };
         loop {
-            fs::create_dir_all(&self.node).map_err(failed)?;
+            self.ensure_own_folders()?;
             let folder = File::open(&self.node).map_err(failed)?;
             match rustix::fs::flock(&folder, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => {}
@@ -70,9 +70,29 @@ impl Pins {
         }
     }
 
-    /// Takes the node's folder away if there is nothing in it.
-    pub fn remove_empty(&self) {
-        if fs::remove_dir(&self.node).is_ok()
+    /// Folders that nobody else may open: whoever can, can hold the lock. Most bpffs are writable for all.
+    fn ensure_own_folders(&self) -> Result<(), RedirectError> {
+        let root = self.node.parent().unwrap_or(&self.node);
+        for folder in [root, self.node.as_path()] {
+            let failed = |source| RedirectError::Pin { path: folder.to_owned(), source };
+            match fs::DirBuilder::new().mode(0o700).create(folder) {
+                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(failed(error)),
+                _ => {}
+            }
+            let found = fs::symlink_metadata(folder).map_err(failed)?;
+            if found.uid() != rustix::process::geteuid().as_raw() {
+                return Err(RedirectError::ForeignFolder { path: folder.to_owned(), owner: found.uid() });
+            }
+            fs::set_permissions(folder, fs::Permissions::from_mode(0o700)).map_err(failed)?;
+        }
+        Ok(())
+    }
+
+    /// Takes the node's folder away if there is nothing in it and it is still the one that `locked` is.
+    pub fn remove_empty(&self, locked: &File) {
+        let is_same = |there: fs::Metadata| locked.metadata().is_ok_and(|locked| locked.ino() == there.ino());
+        if fs::metadata(&self.node).is_ok_and(is_same)
+            && fs::remove_dir(&self.node).is_ok()
             && let Some(root) = self.node.parent()
         {
             // Other nodes' agents may have theirs here.
@@ -116,9 +136,9 @@ impl Pins {
         self.pods().join(format!("{:016x}-{index}-{}", cookie.0, self.object))
     }
 
-    /// Was there an agent of this node before, with any object?
-    pub fn exist(&self) -> bool {
-        self.base.exists()
+    /// Was there an agent of this node before, with any object of any schema?
+    pub fn exist(&self) -> Result<bool, RedirectError> {
+        Ok(!list(&self.node)?.is_empty())
     }
 
     /// Folders of link pins of other objects.

@@ -36,16 +36,17 @@ pub(super) fn places<'a>(nodes: &[In<'a, Node>]) -> Places<'a> {
 
 /// The pods that are reached at an address of their own; the others take no part.
 pub(super) fn members<'a>(settings: &Settings, all: &Objects<'a>, problems: &mut Vec<Problem>) -> Vec<Member<'a>> {
-    let namespaces: HashMap<&str, bool> = all
-        .namespaces
-        .iter()
-        .map(|n| (n.is.name.as_str(), n.is.mode.enabled(settings.istio_labels).unwrap_or(false)))
-        .collect();
+    let istio = settings.istio_labels;
+    let namespaces: HashMap<&str, _> = all.namespaces.iter().map(|n| (n.is.name.as_str(), n.is.mode)).collect();
     let mut present: Vec<(&In<'a, Pod>, Membership)> = Vec::new();
     for pod in all.pods.iter().filter(|p| !p.is.ended) {
-        let own = pod.is.mode.enabled(settings.istio_labels);
-        let said = own.or_else(|| namespaces.get(pod.is.namespace.as_str()).copied());
-        let mode = Membership { enrolled: said.unwrap_or(false), said: said.is_some() };
+        let own = pod.is.mode;
+        let namespace = namespaces.get(pod.is.namespace.as_str()).copied();
+        let enabled = own.enabled(istio).or_else(|| namespace.map(|mode| mode.enabled(istio).unwrap_or(false)));
+        // What the pod says itself needs no namespace; what is not clear is not said.
+        let clear =
+            own.is_clear(istio) && (own.enabled(istio).is_some() || namespace.is_some_and(|m| m.is_clear(istio)));
+        let mode = Membership { enrolled: enabled.unwrap_or(false), said: enabled.is_some() && clear };
         if pod.is.host_network {
             // It has the node's address and no network of its own: what it sends cannot be told from the node's.
             if mode.enrolled {

@@ -46,6 +46,21 @@ pub fn choose<'a>(
     choose_from(&port.endpoints, algorithm, scope, client, state, open, random, |e| !except.contains(&e.address))
 }
 
+/// Whether `choose_like` would find another endpoint than those.
+pub fn has_another(destination: IpAddr, port: &ServicePort, except: &[SocketAddr]) -> bool {
+    let usable = usable_like(destination, port);
+    port.endpoints.iter().any(|e| usable(e) && !except.contains(&e.address))
+}
+
+/// The endpoints of the destination's family that take connections; all that do where there is none of it.
+fn usable_like(destination: IpAddr, port: &ServicePort) -> impl Fn(&Endpoint) -> bool {
+    let v4 = destination.to_canonical().is_ipv4();
+    let any_ready = port.endpoints.iter().any(|e| e.ready);
+    let takes = move |e: &Endpoint| if any_ready { e.ready } else { e.serving };
+    let any_alike = port.endpoints.iter().any(|e| e.address.is_ipv4() == v4 && takes(e));
+    move |e| takes(e) && (!any_alike || e.address.is_ipv4() == v4)
+}
+
 /// As `choose`, among the endpoints of the address family that the client asked for: a pod that dialled an IPv4 address
 /// may have no IPv6 route at all. Only where the service has no endpoint of that family are the others taken.
 #[expect(clippy::too_many_arguments, reason = "each is another kind of fact; a struct would only rename the list")]
@@ -60,12 +75,9 @@ pub fn choose_like<'a>(
     random: impl FnMut(usize) -> usize,
     except: &[SocketAddr],
 ) -> Option<&'a Endpoint> {
-    let v4 = destination.to_canonical().is_ipv4();
-    let alike = |e: &Endpoint| e.address.is_ipv4() == v4;
-    let any_ready = port.endpoints.iter().any(|e| e.ready);
-    let any_alike = port.endpoints.iter().any(|e| alike(e) && if any_ready { e.ready } else { e.serving });
+    let usable = usable_like(destination, port);
     choose_from(&port.endpoints, algorithm, scope, client, state, open, random, |e| {
-        (!any_alike || alike(e)) && !except.contains(&e.address)
+        usable(e) && !except.contains(&e.address)
     })
 }
 

@@ -9,7 +9,6 @@ use std::time::Duration;
 use socket2::{Domain, Protocol, SockAddr, Socket, TcpKeepalive, Type};
 use tokio::net::TcpStream;
 
-use super::HBONE_PORT;
 use crate::enrollment::EnrolledPod;
 use crate::enrollment::sockets::{SPOOF_MARK, Use, bound_buffers, reset_on_close, set_option};
 use crate::redirect::Redirect;
@@ -18,12 +17,15 @@ use crate::redirect::Redirect;
 pub const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Connects from `pod` to `destination`, with the pod's own address.
-pub async fn from_pod(pod: &EnrolledPod, redirect: &Redirect, destination: SocketAddr) -> io::Result<TcpStream> {
+pub async fn from_pod(
+    pod: &EnrolledPod,
+    redirect: &Redirect,
+    destination: SocketAddr,
+    what_for: Use,
+) -> io::Result<TcpStream> {
     let socket = open(pod, redirect, destination)?;
-    if destination.port() == HBONE_PORT {
-        bound_buffers(&socket, Use::Tunnel)?;
-    } else {
-        bound_buffers(&socket, Use::Plain)?;
+    bound_buffers(&socket, what_for)?;
+    if what_for != Use::Tunnel {
         reset_on_close(&socket)?;
     }
     if let Some(own) = pod.workload.address_like(destination.ip()) {

@@ -184,11 +184,24 @@ pub struct Turn(usize);
 impl Turn {
     /// After so many bytes more: yields where the turn is over.
     pub async fn took(&mut self, bytes: usize) {
-        self.0 += bytes;
-        if self.0 >= TURN {
-            self.0 = 0;
+        self.count(bytes);
+        if self.is_over() {
             tokio::task::yield_now().await;
         }
+    }
+
+    /// For those who poll: after so many bytes more.
+    pub fn count(&mut self, bytes: usize) {
+        self.0 += bytes;
+    }
+
+    /// Whether it is the others' turn; the next one begins.
+    pub fn is_over(&mut self) -> bool {
+        let over = self.0 >= TURN;
+        if over {
+            self.0 = 0;
+        }
+        over
     }
 }
 

@@ -20,6 +20,7 @@ use super::hbone;
 use super::session::{Answer, Early, Session, SessionError};
 use super::{HBONE_PORT, connect};
 use crate::enrollment::EnrolledPod;
+use crate::enrollment::sockets::Use;
 use crate::identity::Certificates;
 use crate::model::{Snapshot, SpiffeId};
 use crate::proxy::error::{ConnError, TunnelError};
@@ -104,6 +105,17 @@ pub struct Dialer<'a> {
     pub patience: Duration,
     /// How long the server's application may take.
     pub wait: Duration,
+    /// When the caller gives up.
+    pub deadline: Instant,
+}
+
+impl Dialer<'_> {
+    /// What to ask for now: the answer must come before the caller gives up, whatever dialling has used up.
+    fn open(&self, destination: SocketAddr) -> Open {
+        const ON_THE_WAY: Duration = Duration::from_secs(1);
+        let left = self.deadline.saturating_duration_since(Instant::now()).saturating_sub(ON_THE_WAY);
+        Open { destination, wait: self.wait.min(left) }
+    }
 }
 
 impl Pool {
@@ -130,7 +142,7 @@ impl Pool {
         });
         if !entry.hbone_only.get() {
             while let Some(mut lease) = entry.take_idle() {
-                match lease.session().open(Open { destination, wait: dialer.wait }, early).await {
+                match lease.session().open(dialer.open(destination), early).await {
                     Ok(answer) => return lease.answered(answer, destination),
                     // It ended while it was idle and has carried nothing of this connection: on to the next.
                     Err(SessionError::Io(_) | SessionError::Closed) if early.sent() == 0 => {}
@@ -151,7 +163,7 @@ impl Pool {
                 match established.tunnel {
                     Tunnel::Session => {
                         let mut lease = lease.filled(Session::new(established), expires);
-                        let answer = lease.session().open(Open { destination, wait: dialer.wait }, early).await;
+                        let answer = lease.session().open(dialer.open(destination), early).await;
                         return lease.answered(answer.map_err(|e| tunnel_error(destination, e))?, destination);
                     }
                     Tunnel::Hbone => {
@@ -334,7 +346,7 @@ async fn dial_tcp(dialer: &Dialer<'_>, address: SocketAddr) -> io::Result<tokio:
     let deadline = Instant::now() + dialer.patience;
     let mut pause = Duration::from_millis(10);
     loop {
-        match connect::from_pod(dialer.pod, dialer.redirect, address).await {
+        match connect::from_pod(dialer.pod, dialer.redirect, address, Use::Tunnel).await {
             Err(e) if e.kind() == io::ErrorKind::ConnectionRefused && Instant::now() + pause < deadline => {
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(Duration::from_millis(200));

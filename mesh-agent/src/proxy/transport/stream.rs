@@ -10,7 +10,7 @@ use tokio::net::TcpStream;
 
 use super::buffers::{self, Buffer};
 use super::handshake::Established;
-use super::io as sock;
+use super::io::{self as sock, Turn};
 use super::record::{HEADER, Opened, Opener, Sealer, TAG};
 
 const SLOT: usize = buffers::SIZE / 4;
@@ -32,6 +32,7 @@ pub struct TlsStream {
     sent: usize,
     sealed: usize,
     closed: bool,
+    turn: Turn,
 }
 
 impl TlsStream {
@@ -55,6 +56,7 @@ impl TlsStream {
             sent: 0,
             sealed: 0,
             closed: false,
+            turn: Turn::default(),
         }
     }
 
@@ -127,6 +129,11 @@ impl AsyncRead for TlsStream {
                 (this.start, this.end) = (0, 0);
             }
             ready!(this.tcp.poll_read_ready(cx))?;
+            if this.turn.is_over() {
+                // HTTP/2 would go on for as long as there are bytes; others wait.
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
             let buffer = this.input.get_or_insert_with(Buffer::take);
             if this.start > 0 {
                 buffer.copy_within(this.start..this.end, 0);
@@ -137,7 +144,10 @@ impl AsyncRead for TlsStream {
                 Some(0) if this.end > 0 => return Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into())),
                 // Without close_notify: HTTP/2 has its own ends of streams, nothing can be cut short unseen.
                 Some(0) => this.closed = true,
-                Some(n) => this.end += n,
+                Some(n) => {
+                    this.end += n;
+                    this.turn.count(n);
+                }
             }
         }
     }

@@ -21,9 +21,17 @@ pub(in crate::translate) struct Mode {
     pub nodemesh: Option<bool>,
     /// Counts only with the setting `istio_labels`, and after the other.
     pub istio: Option<bool>,
+    /// A label has a value that is no mode: it must not let a pod out that was in.
+    nodemesh_is_wrong: bool,
+    istio_is_wrong: bool,
 }
 
 impl Mode {
+    pub fn is_clear(self, istio_labels: bool) -> bool {
+        let wrong = self.nodemesh_is_wrong || istio_labels && self.istio_is_wrong;
+        !wrong
+    }
+
     pub fn enabled(self, istio_labels: bool) -> Option<bool> {
         self.nodemesh.or(self.istio.filter(|_| istio_labels))
     }
@@ -98,9 +106,9 @@ pub(in crate::translate) fn service_account(object: &Object, report: &mut Report
 fn mode(labels: &Labels, otherwise: Option<&str>, report: &mut Report) -> Mode {
     let mut read =
         |label: &str, yes: &str, no: &str, otherwise: Option<&str>| match labels.get(label).map(String::as_str) {
-            None => None,
-            Some(value) if value == yes => Some(true),
-            Some(value) if value == no => Some(false),
+            None => (None, false),
+            Some(value) if value == yes => (Some(true), false),
+            Some(value) if value == no => (Some(false), false),
             Some(value) => {
                 let field = format!("metadata.labels[{label}]");
                 match otherwise {
@@ -109,16 +117,11 @@ fn mode(labels: &Labels, otherwise: Option<&str>, report: &mut Report) -> Mode {
                     }
                     None => report.error(&field, format!("`{value}` is no mode: use {yes} or {no}")),
                 }
-                None
+                (None, true)
             }
         };
-    Mode {
-        nodemesh: read("nodemesh.io/mode", "enabled", "disabled", otherwise),
-        istio: read(
-            "istio.io/dataplane-mode",
-            "ambient",
-            "none",
-            Some(otherwise.unwrap_or("the label is passed over")),
-        ),
-    }
+    let (nodemesh, nodemesh_is_wrong) = read("nodemesh.io/mode", "enabled", "disabled", otherwise);
+    let passed_over = Some(otherwise.unwrap_or("the label is passed over"));
+    let (istio, istio_is_wrong) = read("istio.io/dataplane-mode", "ambient", "none", passed_over);
+    Mode { nodemesh, istio, nodemesh_is_wrong, istio_is_wrong }
 }
