@@ -8,12 +8,14 @@ use mesh_agent::proxy::transport::record::{MAX_RECORD, Opener};
 
 fuzz_target!(|bytes: &[u8]| {
     if let Some(open) = read_open(bytes) {
-        assert_ne!(destination.port(), 0);
+        let destination = open.destination;
+        assert!(destination.port() != 0 && !open.wait.is_zero());
         // What is read is what is written, but for v4-mapped addresses, which are written as IPv4.
         let mut payload = [0; OPEN_MAX];
         let len = write_open(open, &mut payload);
         let again = read_open(&payload[..len]).expect("what was written can be read");
-        assert_eq!((again.ip(), again.port()), (destination.ip().to_canonical(), destination.port()));
+        let canonical = (destination.ip().to_canonical(), destination.port(), open.wait);
+        assert_eq!((again.destination.ip(), again.destination.port(), again.wait), canonical);
     }
     if let Ok(Some(len)) = Opener::record_len(bytes) {
         assert!(len <= MAX_RECORD, "a record that does not fit the buffer");
