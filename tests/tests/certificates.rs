@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mesh_tests::ring::{Case, Mode, World, meshed_only, run};
-use mesh_tests::traffic::{call, echo_in, ping};
+use mesh_tests::traffic::{PATIENCE, call, echo_in, ping};
 use mesh_tests::{Mesh, MeshMode, Pod, Process, agent_binary, eventually, throughout};
 use serde_json::Value;
 
@@ -119,8 +119,10 @@ fn is_refused(flags: &[&str], word: &str) {
     let controller = mesh.start_controller(&[]);
     let mut agent = mesh.spawn_agent("n1", flags);
     let told = |log: &str| log.contains(word);
-    eventually(Duration::from_secs(10), "the agent says what is wrong", || {
-        told(&agent.log()) || told(&controller.log())
+    eventually(PATIENCE, "the agent says what is wrong", || told(&agent.log()) || told(&controller.log()));
+    // It may have ended, or not have come to its admin socket yet.
+    eventually(PATIENCE, "the agent has ended or answers", || {
+        !agent.process().is_running() || agent.meshctl(&["status"]).code == Some(0)
     });
     if agent.process().is_running() {
         assert!(!agent.is_enrolled(&pod), "a pod is in the mesh without a certificate");
