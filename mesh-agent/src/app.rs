@@ -205,12 +205,12 @@ pub fn revoke_token(config: &config::Controller, token_or_id: &str) -> anyhow::R
 
 /// `mesh-agent controller rotate-root`: what was done, a sentence.
 pub fn rotate_root(config: config::Controller) -> anyhow::Result<String> {
-    match Ca::open(ca_options(&config)) {
-        // It alone knows which nodes must learn the new root first: signed too soon, they would trust nobody.
-        Ok(_) => Err(CaError::NoController(config.state_dir).into()),
-        Err(CaError::Locked(_)) => ask_controller(&config.state_dir.join(ROTATE_ROOT)),
-        Err(e) => Err(e.into()),
+    // It alone may change its CA, and knows which nodes must learn the new root first: signed too soon, they would trust
+    // nobody.
+    if !Ca::is_running(&ca_options(&config).state_dir)? {
+        return Err(CaError::NoController(config.state_dir).into());
     }
+    ask_controller(&config.state_dir.join(ROTATE_ROOT))
 }
 
 /// Leaves a request in the state directory of the controller that runs, and waits until it has taken it.

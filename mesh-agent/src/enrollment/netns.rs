@@ -12,7 +12,7 @@ use std::sync::OnceLock;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use socket2::{Domain, Protocol, Socket, Type};
 
-use super::sockets::{Use, bound_buffers, reset_on_close};
+use super::sockets::{self, Use};
 use crate::redirect::NetnsCookie;
 
 /// The namespace that this process was started in; every thread of ours is at home there.
@@ -135,19 +135,12 @@ fn listen(port: u16) -> io::Result<TcpListener> {
     };
     // After a restart, connections of the agent before may linger on the port.
     socket.set_reuse_address(true)?;
-    // Accepted sockets inherit it: small answers must not wait for more.
-    socket.set_tcp_nodelay(true)?;
     let what_for = match port {
         mesh_common::OUTBOUND_PORT => Use::Local,
         mesh_common::HBONE_PORT => Use::Tunnel,
         _ => Use::Plain,
     };
-    bound_buffers(&socket, what_for)?;
-    if what_for != Use::Tunnel {
-        reset_on_close(&socket)?;
-    }
-    // What is sent out of band keeps its place among the bytes; the application behind us gets it so.
-    socket.set_out_of_band_inline(true)?;
+    sockets::prepare(&socket, what_for)?;
     socket.bind(&any.into())?;
     socket.listen(4096)?;
     Ok(socket.into())

@@ -32,8 +32,18 @@ pub enum Use {
     Plain,
 }
 
-/// Lets a slow reader stop its sender soon: the mesh must not hold megabytes of a connection.
-pub fn bound_buffers(socket: &Socket, what_for: Use) -> io::Result<()> {
+/// Sets what all sockets of the agent inside pods have in common; accepted sockets inherit it from their listener.
+pub fn prepare(socket: &Socket, what_for: Use) -> io::Result<()> {
+    // Small answers must not wait for more.
+    socket.set_tcp_nodelay(true)?;
+    // What is sent out of band keeps its place among the bytes; the application behind us gets it so.
+    socket.set_out_of_band_inline(true)?;
+    if what_for != Use::Tunnel {
+        // An end that nobody meant (the agent is killed, a task is dropped) resets the connection: an orderly one would
+        // pass a cut-off stream for a whole one.
+        socket.set_linger(Some(Duration::ZERO))?;
+    }
+    // A slow reader must stop its sender soon: the mesh must not hold megabytes of a connection.
     match what_for {
         Use::Local => socket.set_recv_buffer_size(LOCAL_RECEIVE)?,
         // The force is needed to pass net.core.rmem_max.
@@ -41,12 +51,6 @@ pub fn bound_buffers(socket: &Socket, what_for: Use) -> io::Result<()> {
         Use::Plain => {}
     }
     set_option(socket, libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, UNSENT)
-}
-
-/// From now on an end that nobody meant (the agent is killed, a task is dropped) resets the connection: an orderly one would
-/// pass a cut-off stream for a whole one. Accepted sockets inherit it from their listener.
-pub fn reset_on_close(socket: &Socket) -> io::Result<()> {
-    socket.set_linger(Some(Duration::ZERO))
 }
 
 /// Sets an option that socket2 does not know.

@@ -134,6 +134,16 @@ impl Ca {
         Ok(Arc::new(ca))
     }
 
+    /// Whether another process runs the CA of this state directory. Makes none where there is none.
+    pub fn is_running(state_dir: &Path) -> Result<bool, CaError> {
+        let path = state_dir.join(LOCK);
+        match path.exists().then(|| lock(&path)) {
+            None | Some(Ok(_)) => Ok(false),
+            Some(Err(CaError::Locked(_))) => Ok(true),
+            Some(Err(error)) => Err(error),
+        }
+    }
+
     pub fn trust_domain(&self) -> &TrustDomain {
         &self.options.trust_domain
     }

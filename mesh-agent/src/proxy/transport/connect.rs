@@ -10,7 +10,7 @@ use socket2::{Domain, Protocol, SockAddr, Socket, TcpKeepalive, Type};
 use tokio::net::TcpStream;
 
 use crate::enrollment::EnrolledPod;
-use crate::enrollment::sockets::{SPOOF_MARK, Use, bound_buffers, reset_on_close, set_option};
+use crate::enrollment::sockets::{SPOOF_MARK, Use, prepare, set_option};
 use crate::redirect::Redirect;
 
 /// How long a connection attempt may take, as Istio's default.
@@ -23,11 +23,7 @@ pub async fn from_pod(
     destination: SocketAddr,
     what_for: Use,
 ) -> io::Result<TcpStream> {
-    let socket = open(pod, redirect, destination)?;
-    bound_buffers(&socket, what_for)?;
-    if what_for != Use::Tunnel {
-        reset_on_close(&socket)?;
-    }
+    let socket = open(pod, redirect, destination, what_for)?;
     if let Some(own) = pod.workload.address_like(destination.ip()) {
         bind_without_port(&socket, own)?;
     }
@@ -43,9 +39,7 @@ pub async fn to_application(
     application: SocketAddr,
     wait: Duration,
 ) -> io::Result<TcpStream> {
-    let socket = open(pod, redirect, application)?;
-    bound_buffers(&socket, Use::Local)?;
-    reset_on_close(&socket)?;
+    let socket = open(pod, redirect, application, Use::Local)?;
     let client = client.to_canonical();
     let own = pod.workload.addresses.contains(&client) || client.is_loopback() || client.is_unspecified();
     if !own && client.is_ipv4() == application.is_ipv4() {
@@ -65,13 +59,12 @@ pub fn keep_alive(tcp: &TcpStream) {
     let _ = socket2::SockRef::from(tcp).set_tcp_keepalive(&keepalive);
 }
 
-fn open(pod: &EnrolledPod, redirect: &Redirect, destination: SocketAddr) -> io::Result<Socket> {
+fn open(pod: &EnrolledPod, redirect: &Redirect, destination: SocketAddr, what_for: Use) -> io::Result<Socket> {
     let domain = Domain::for_address(destination);
     let kind = Type::STREAM.nonblocking().cloexec();
     let socket = pod.netns.run(|| Socket::new(domain, kind, Some(Protocol::TCP)))??;
     redirect.tag_own(socket.as_fd())?;
-    socket.set_tcp_nodelay(true)?;
-    socket.set_out_of_band_inline(true)?;
+    prepare(&socket, what_for)?;
     Ok(socket)
 }
 

@@ -206,7 +206,7 @@ impl Turn {
 }
 
 /// The connection has ended in order: what was written last is still sent. Until then an end that nobody meant (the agent
-/// is killed, a task is dropped) resets it, see `enrollment::sockets::reset_on_close`.
+/// is killed, a task is dropped) resets it, see `enrollment::sockets::prepare`.
 pub fn disarm(socket: &TcpStream) {
     let _ = rustix::net::sockopt::set_socket_linger(socket, None);
 }
