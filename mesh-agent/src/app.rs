@@ -3,19 +3,20 @@
 //! Threads: the *control* runtime (two threads: discovery's results, enrolment, certificates, admin, metrics) and one
 //! thread a worker for the data path. Control never stands in the way of a byte.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, anyhow};
 
 use crate::admin::{AdminSocket, AdminState, bind, serve_admin, serve_metrics, serve_readiness};
-use crate::config::{self, CertificateAuthority};
+use crate::api_server::{ApiServer, Kind};
+use crate::config::{self, CertificateAuthority, Source, Token};
 use crate::discovery::{self, Sources};
-use crate::enrollment::{Enrollment, Inputs as EnrollmentInputs};
+use crate::enrollment::{Enrollment, Inputs as EnrollmentInputs, Places, Processes, see_host_proc};
 use crate::identity::{
-    self, Ca, CaClient, CaClientOptions, CaError, CaOptions, CaServerOptions, CertificateOptions, Certificates, Clock,
-    Credential, JoinTokens, trusted_roots,
+    self, CA_ROOT, CA_ROOT_KEY, Ca, CaClient, CaClientOptions, CaError, CaOptions, CaServerOptions, CertificateOptions,
+    Certificates, Clock, Credential, JoinTokens, trusted_roots,
 };
 use crate::lifecycle::{Readiness, Signals};
 use crate::model::{SpiffeId, TrustDomain};
@@ -31,6 +32,8 @@ const ROOTS_POLL: Duration = Duration::from_secs(30);
 /// A file in the controller's state directory: `rotate-root` asks the controller that runs.
 const ROTATE_ROOT: &str = "rotate-root";
 const REQUEST_POLL: Duration = Duration::from_secs(1);
+/// How often the agent looks for the controller's roots when it starts.
+const BUNDLE_RETRY: Duration = Duration::from_secs(1);
 /// How often label sets of workloads that are gone leave the metrics, and entries of sockets that are gone the kernel.
 const SWEEP: Duration = Duration::from_secs(60);
 
@@ -39,6 +42,7 @@ pub fn run_node(config: config::Node) -> anyhow::Result<()> {
     let log = logging::init(&config.logging.filter, config.logging.format).map_err(|e| anyhow!(e))?;
     identity::install_provider();
     raise_file_limit();
+    see_host_proc(&config.host_proc);
     let runtime = control_runtime()?;
     let result = runtime.block_on(node(config, log));
     // Not dropped: that would wait for threads that are stuck.
@@ -67,11 +71,14 @@ async fn node(config: config::Node, log: logging::LogLevel) -> anyhow::Result<()
     };
     let lock = Redirect::lock(&in_kernel)?;
     let last_good = Some(config.state_dir.join("last-good-node.json"));
-    let sources = discovery::start(discovery::Options {
-        last_good,
-        ..discovery::Options::new(&config.config_dir, settings(&config))
-    })?;
-    let certificates = certificates(&config)?;
+    let (sources, certificates) = tokio::select! {
+        started = async { anyhow::Ok((sources(&config, last_good).await?, certificates(&config).await?)) } => started?,
+        // In Kubernetes it may wait for long, for the API server or the controller.
+        stop = signals.recv() => {
+            tracing::info!(signal = stop.name(), "stopped before it was ready");
+            return Ok(());
+        }
+    };
     let access_log = config.access_log.map_or_else(AccessLog::off, AccessLog::new);
     let telemetry = Arc::new(Telemetry::new(access_log));
     let redirect = Arc::new(Redirect::start(&in_kernel)?);
@@ -98,6 +105,10 @@ async fn node(config: config::Node, log: logging::LogLevel) -> anyhow::Result<()
         problems: sources.problems.clone(),
         redirect: redirect.clone(),
         certificates: certificates.clone(),
+        places: Arc::new(match &config.source {
+            Source::Directory(_) => Places::Manifests,
+            Source::Kubernetes(_) => Places::Processes(Processes::new(&config.host_proc)),
+        }),
         events,
     });
     let pods = enrollment.statuses();
@@ -169,10 +180,15 @@ pub fn run_controller(config: config::Controller) -> anyhow::Result<()> {
         let mut settings = Settings::new(config.trust_domain.clone());
         settings.istio_labels = config.istio_labels;
         let last_good = Some(config.state_dir.join("last-good-controller.json"));
-        let sources = discovery::start(discovery::Options {
-            last_good,
-            ..discovery::Options::new(&config.config_dir, settings)
-        })?;
+        let sources = match &config.source {
+            Source::Directory(directory) => {
+                discovery::start(discovery::Options { last_good, ..discovery::Options::new(directory, settings) })?
+            }
+            Source::Kubernetes(kubernetes) => {
+                let server = ApiServer::connect(kubernetes.kubeconfig.as_deref(), None).await?;
+                discovery::start_kubernetes(&server, settings).await?
+            }
+        };
         tokio::spawn(log_problems(sources.clone()));
         let listener = identity::bind(config.listen).await?;
         let snapshot = sources.snapshot.clone();
@@ -228,7 +244,7 @@ fn ask_controller(request: &Path) -> anyhow::Result<String> {
 }
 
 /// Takes requests that `rotate-root` leaves.
-async fn take_requests(ca: Arc<Ca>, request: std::path::PathBuf) {
+async fn take_requests(ca: Arc<Ca>, request: PathBuf) {
     let mut tick = tokio::time::interval(REQUEST_POLL);
     loop {
         tick.tick().await;
@@ -255,19 +271,32 @@ fn control_runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 }
 
 fn settings(config: &config::Node) -> Settings {
+    let standalone = matches!(config.source, Source::Directory(_));
     Settings {
         cluster_domain: config.cluster_domain.as_str().into(),
         cluster: config.cluster_id.as_str().into(),
         root_namespace: config.root_namespace.as_str().into(),
         istio_labels: config.istio_labels,
         outbound: config.outbound_policy,
-        standalone_node: Some(config.node_name.as_str().into()),
-        endpoints_from_pods: true,
+        standalone_node: standalone.then(|| config.node_name.as_str().into()),
+        endpoints_from_pods: standalone,
         ..Settings::new(config.trust_domain.clone())
     }
 }
 
-fn certificates(config: &config::Node) -> anyhow::Result<Certificates> {
+async fn sources(config: &config::Node, last_good: Option<PathBuf>) -> anyhow::Result<Sources> {
+    Ok(match &config.source {
+        Source::Directory(directory) => {
+            discovery::start(discovery::Options { last_good, ..discovery::Options::new(directory, settings(config)) })?
+        }
+        Source::Kubernetes(kubernetes) => {
+            let server = ApiServer::connect(kubernetes.kubeconfig.as_deref(), None).await?;
+            discovery::start_kubernetes(&server, settings(config)).await?
+        }
+    })
+}
+
+async fn certificates(config: &config::Node) -> anyhow::Result<Certificates> {
     let options = CertificateOptions {
         trust_domains: vec![config.trust_domain.clone()],
         lifetime: config.cert_lifetime,
@@ -279,16 +308,49 @@ fn certificates(config: &config::Node) -> anyhow::Result<Certificates> {
             let ca = CaOptions { lifetime: config.cert_lifetime, ..CaOptions::new(state, config.trust_domain.clone()) };
             Ok(Certificates::embedded(Ca::open(ca)?, options))
         }
-        CertificateAuthority::Remote { addresses, join_token_file } => {
-            let token = read_token(join_token_file)?;
+        CertificateAuthority::Remote { addresses, token } => {
+            let credential = match token {
+                Token::Join(file) => Credential::Join { token: read_token(file)?, node: config.node_name.clone() },
+                Token::ServiceAccount(file) => Credential::ServiceAccount {
+                    token_file: file.clone(),
+                    roots_pem: trust_bundle(&config.source).await?,
+                },
+            };
             let client = CaClient::new(CaClientOptions {
                 addresses: addresses.clone(),
-                credential: Credential::Join { token, node: config.node_name.clone() },
+                credential,
                 state_dir: config.state_dir.join("identity"),
                 deadline: CA_DEADLINE,
             })?;
             Ok(Certificates::remote(client, options))
         }
+    }
+}
+
+/// The roots as the controller has written them into the mesh's namespace; waits for them.
+async fn trust_bundle(source: &Source) -> anyhow::Result<String> {
+    let Source::Kubernetes(kubernetes) = source else {
+        return Err(anyhow!("--ca-token-file is for Kubernetes: give --source kubernetes, or --join-token-file"));
+    };
+    let server = ApiServer::connect(kubernetes.kubeconfig.as_deref(), None).await?;
+    let mut said = String::new();
+    loop {
+        let found = server.get(&Kind::CONFIG_MAP, &kubernetes.namespace, CA_ROOT).await;
+        let hindrance = match found {
+            Ok(map) => match map.as_ref().and_then(|m| m["data"][CA_ROOT_KEY].as_str()) {
+                Some(roots) if !roots.is_empty() => return Ok(roots.to_owned()),
+                _ => format!(
+                    "the controller has not written ConfigMap {}/{CA_ROOT} yet: see its log",
+                    kubernetes.namespace
+                ),
+            },
+            Err(e) => e.to_string(),
+        };
+        if said != hindrance {
+            tracing::warn!("no certificate can be asked for: {hindrance}; it is tried again each second");
+            said = hindrance;
+        }
+        tokio::time::sleep(BUNDLE_RETRY).await;
     }
 }
 

@@ -18,6 +18,7 @@ pub mod proxy;
 
 // Through everything.
 pub mod admin;
+pub mod api_server;
 pub mod cli;
 pub mod identity;
 pub mod lifecycle;

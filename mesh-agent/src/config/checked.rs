@@ -21,7 +21,7 @@ pub struct Machine {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Node {
     pub node_name: String,
-    pub config_dir: PathBuf,
+    pub source: Source,
     pub state_dir: PathBuf,
     pub admin_socket: PathBuf,
     /// Never 0.
@@ -38,6 +38,8 @@ pub struct Node {
     pub bpffs: PathBuf,
     pub cgroup: Option<PathBuf>,
     pub probe_cgroup: Option<PathBuf>,
+    /// The node's /proc: its processes lead to the network namespaces of pods.
+    pub host_proc: PathBuf,
     pub kernel_log: bool,
     pub orig_dst_entries: u32,
     pub metrics_address: SocketAddr,
@@ -53,13 +55,39 @@ pub enum CertificateAuthority {
     /// In this process; its keys lie in the state directory.
     Embedded,
     /// One of these controllers, `host:port`; the first that answers.
-    Remote { addresses: Vec<String>, join_token_file: PathBuf },
+    Remote { addresses: Vec<String>, token: Token },
+}
+
+/// By what a controller knows this node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Token {
+    /// A file with a join token, which pins the root too.
+    Join(PathBuf),
+    /// A file with a token of this pod's service account, which Kubernetes renews; the root is in a ConfigMap.
+    ServiceAccount(PathBuf),
+}
+
+/// Where objects are read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Source {
+    /// A directory of manifests.
+    Directory(PathBuf),
+    Kubernetes(Kubernetes),
+}
+
+/// The Kubernetes API, and who we are there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Kubernetes {
+    /// `None`: as the service account of the pod in which this runs.
+    pub kubeconfig: Option<PathBuf>,
+    /// Where the mesh is installed: its ConfigMaps, its Secret, its Lease.
+    pub namespace: String,
 }
 
 /// `mesh-agent controller`, and its subcommands.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Controller {
-    pub config_dir: PathBuf,
+    pub source: Source,
     pub state_dir: PathBuf,
     pub listen: SocketAddr,
     /// The user's own CA; `None` makes one in the state directory at the first start.
@@ -128,7 +156,7 @@ impl Node {
         let w = Reader(written);
         let node = Self {
             node_name: w.node_name(machine)?,
-            config_dir: w.directory("config-dir", DEFAULT_CONFIG_DIR)?,
+            source: w.source()?,
             state_dir: w.path("state-dir", "/var/lib/nodemesh")?,
             admin_socket: w.admin_socket()?,
             workers: match w.or("workers", "0", |t| value::number(t, 0, MAX_WORKERS))? {
@@ -154,6 +182,7 @@ impl Node {
             bpffs: w.path("bpffs", "/sys/fs/bpf")?,
             cgroup: w.optional_directory("cgroup")?,
             probe_cgroup: w.optional_directory("probe-cgroup")?,
+            host_proc: w.directory("host-proc", "/proc")?,
             kernel_log: w.or("kernel-log", "false", value::boolean)?,
             orig_dst_entries: w.or("orig-dst-entries", "65536", |t| value::number(t, 1, MAX_ORIG_DST_ENTRIES))?,
             metrics_address: w.or("metrics-address", "0.0.0.0:15020", value::address)?,
@@ -179,15 +208,15 @@ impl Node {
 
 impl Controller {
     pub fn check(written: &Written) -> Result<Self, ConfigError> {
-        Reader(written).directory("config-dir", DEFAULT_CONFIG_DIR)?;
-        Self::check_for_tools(written)
+        let controller = Self::check_for_tools(written)?;
+        Ok(Self { source: Reader(written).source()?, ..controller })
     }
 
     /// For `token`, `revoke-token` and `rotate-root`, which read no manifests: those need not be there.
     pub fn check_for_tools(written: &Written) -> Result<Self, ConfigError> {
         let w = Reader(written);
         Ok(Self {
-            config_dir: w.path("config-dir", DEFAULT_CONFIG_DIR)?,
+            source: Source::Directory(w.path("config-dir", DEFAULT_CONFIG_DIR)?),
             state_dir: w.path("state-dir", "/var/lib/nodemesh")?,
             listen: w.or("listen", "0.0.0.0:15012", value::address)?,
             ca_dir: w.optional_directory("ca-dir")?,
@@ -305,6 +334,22 @@ impl Reader<'_> {
         Ok(path)
     }
 
+    fn source(&self) -> Result<Source, ConfigError> {
+        let kubernetes = self.or("source", "directory", |t| match t {
+            "directory" => Ok(false),
+            "kubernetes" => Ok(true),
+            _ => Err(format!("`{t}` is no source; write directory or kubernetes")),
+        })?;
+        if !kubernetes {
+            return Ok(Source::Directory(self.directory("config-dir", DEFAULT_CONFIG_DIR)?));
+        }
+        let kubeconfig = self.0.get("kubeconfig").map(|text| self.path("kubeconfig", text)).transpose()?;
+        Ok(Source::Kubernetes(Kubernetes {
+            kubeconfig,
+            namespace: self.or("namespace", "nodemesh-system", value::label)?,
+        }))
+    }
+
     fn certificate_authority(&self) -> Result<CertificateAuthority, ConfigError> {
         let embedded = self.or("embedded-ca", "false", value::boolean)?;
         let addresses = self.every("ca-address", value::host_port)?;
@@ -320,23 +365,33 @@ impl Reader<'_> {
                  one machine"
                     .to_owned(),
             )),
-            (false, false) => Ok(CertificateAuthority::Remote { addresses, join_token_file: self.join_token_file()? }),
+            (false, false) => Ok(CertificateAuthority::Remote { addresses, token: self.token()? }),
         }
     }
 
-    fn join_token_file(&self) -> Result<PathBuf, ConfigError> {
-        if self.0.get("join-token-file").is_none() {
-            return Err(ConfigError(format!(
+    fn token(&self) -> Result<Token, ConfigError> {
+        match (self.0.get("join-token-file"), self.0.get("ca-token-file")) {
+            (Some(text), None) => self.file("join-token-file", text).map(Token::Join),
+            (None, Some(text)) => self.file("ca-token-file", text).map(Token::ServiceAccount),
+            (Some(_), Some(_)) => Err(ConfigError(format!(
+                "{} and {} exclude each other: a controller knows this node by one token",
+                self.0.place("join-token-file"),
+                self.0.place("ca-token-file")
+            ))),
+            (None, None) => Err(ConfigError(format!(
                 "{} needs --join-token-file: make a token with `mesh-agent controller token --node NAME` on the \
                  controller",
                 self.0.place("ca-address")
-            )));
+            ))),
         }
-        let path = self.path("join-token-file", "")?;
+    }
+
+    fn file(&self, name: &'static str, text: &str) -> Result<PathBuf, ConfigError> {
+        let path = self.path(name, text)?;
         match std::fs::File::open(&path).and_then(|f| f.metadata()) {
             Ok(meta) if meta.is_file() => Ok(path),
-            Ok(_) => Err(self.error("join-token-file", &format!("{} is no file", path.display()))),
-            Err(e) => Err(self.error("join-token-file", &format!("cannot read {}: {}", path.display(), io_reason(&e)))),
+            Ok(_) => Err(self.error(name, &format!("{} is no file", path.display()))),
+            Err(e) => Err(self.error(name, &format!("cannot read {}: {}", path.display(), io_reason(&e)))),
         }
     }
 

@@ -9,7 +9,9 @@ mod table;
 mod value;
 mod written;
 
-pub use checked::{Analysis, CertificateAuthority, Cleanup, Controller, Logging, Machine, Node};
+pub use checked::{
+    Analysis, CertificateAuthority, Cleanup, Controller, Kubernetes, Logging, Machine, Node, Source, Token,
+};
 pub use table::{Kind, Role, SETTINGS, Setting};
 pub use value::{dns_name as node_name, duration, written_duration};
 pub use written::{Origin, Written};

@@ -92,7 +92,10 @@ const OBSERVE: &str = "To be seen";
 /// In the order in which `--help` shows them.
 pub const SETTINGS: &[Setting] = &[
     one(PLACE, NODE, "node-name", "NAME", "the hostname", "This node, as spec.nodeName of its pods has it"),
+    one(PLACE, BOTH, "source", "KIND", "directory", "Where objects are read: directory or kubernetes"),
     one(PLACE, BOTH, "config-dir", "DIR", "/etc/nodemesh/manifests", "Directory of manifests, watched"),
+    one(PLACE, BOTH, "kubeconfig", "FILE", "the pod's account", "How to reach the Kubernetes API"),
+    one(PLACE, BOTH, "namespace", "NAME", "nodemesh-system", "Where the mesh is installed in Kubernetes"),
     one(PLACE, BOTH, "state-dir", "DIR", "/var/lib/nodemesh", "Where keys and state survive a restart"),
     one(PLACE, NODE, "admin-socket", "PATH", "/run/nodemesh/admin.sock", "Unix socket that meshctl asks"),
     one(PLACE, NODE, "workers", "N", "0", "Threads that carry traffic; 0 is one for each core"),
@@ -101,6 +104,7 @@ pub const SETTINGS: &[Setting] = &[
     switch(CERTIFICATES, NODE, "embedded-ca", "Run the certificate authority inside this agent"),
     many(CERTIFICATES, NODE, "ca-address", "HOST:PORT", "A controller that signs certificates; may be repeated"),
     one(CERTIFICATES, NODE, "join-token-file", "FILE", "", "Token from `mesh-agent controller token`"),
+    one(CERTIFICATES, NODE, "ca-token-file", "FILE", "", "Token of a service account, in place of a join token"),
     one(CERTIFICATES, CONTROLLER, "ca-dir", "DIR", "", "Your own CA as PEM files, in place of one made at first start"),
     many(CERTIFICATES, CONTROLLER, "san", "NAME", "A name or address nodes reach this controller by; may be repeated"),
     one(CERTIFICATES, BOTH, "cert-lifetime", "TIME", "24h", "How long a workload's certificate is good for"),
@@ -113,6 +117,7 @@ pub const SETTINGS: &[Setting] = &[
     one(KERNEL, NODE, "bpffs", "DIR", "/sys/fs/bpf", "Where a bpffs is mounted"),
     one(KERNEL, NODE, "cgroup", "DIR", "found in /proc/mounts", "The cgroup2 mount"),
     one(KERNEL, NODE, "probe-cgroup", "DIR", "", "Cgroup whose processes may probe pods (kubelet's)"),
+    one(KERNEL, NODE, "host-proc", "DIR", "/proc", "Where the node's /proc is, to find pods in"),
     switch(KERNEL, NODE, "kernel-log", "Log what the kernel programs do (slow)"),
     Setting {
         name: "orig-dst-entries",

@@ -14,8 +14,8 @@ use std::time::{Duration, Instant, SystemTime};
 use notify::event::{AccessKind, AccessMode, EventKind};
 use notify::{RecommendedWatcher, RecursiveMode, Watcher};
 
-use super::DiscoveryError;
-use crate::model::{ObjectRef, Problem, Severity};
+use super::{DiscoveryError, of_source};
+use crate::model::{Problem, Severity};
 use crate::translate::{self, Object, Unreadable};
 
 /// No honest manifest is larger.
@@ -124,7 +124,7 @@ impl Directory {
         for (path, error) in &tree.blind {
             let name = if path.as_os_str().is_empty() { self.path.display() } else { path.display() };
             let message = format!("cannot be read: {error}; the last good state of what is in it stays in force");
-            problems.push(of_file(name.to_string(), Severity::Error, message));
+            problems.push(of_source(name.to_string(), Severity::Error, message));
         }
         for (path, metadata) in tree.files {
             let stamp = Stamp::of(&metadata);
@@ -137,7 +137,7 @@ impl Directory {
         }
         if self.files.is_empty() && !root_is_blind {
             let message = "the directory holds no manifest: write files that end with .yaml, .yml or .json".to_owned();
-            problems.push(of_file(self.path.display().to_string(), Severity::Warning, message));
+            problems.push(of_source(self.path.display().to_string(), Severity::Warning, message));
         }
         problems.extend(self.files.values().filter_map(|f| f.problem.clone()));
         let objects = self.files.values().flat_map(|f| f.objects.iter().cloned()).collect();
@@ -154,7 +154,7 @@ impl Directory {
         let bytes = match contents(&self.path.join(path), stamp) {
             Ok(bytes) => bytes,
             Err(message) => {
-                let problem = of_file(name, Severity::Error, message);
+                let problem = of_source(name, Severity::Error, message);
                 return self.kept(File { stamp, hasty, content: None, ..File::default() }, known, &[], problem);
             }
         };
@@ -241,10 +241,10 @@ fn walk(root: &Path, folder: &Path, depth: usize, tree: &mut Tree) {
 fn parse(name: &str, bytes: &[u8]) -> Result<Vec<Object>, Problem> {
     translate::parse(name, bytes).map_err(|unreadable| match unreadable {
         Unreadable::Syntax { line, message } => {
-            of_file(format!("{name}:{line}"), Severity::Error, format!("{message}: correct it"))
+            of_source(format!("{name}:{line}"), Severity::Error, format!("{message}: correct it"))
         }
         Unreadable::Object(problem) => problem,
-        Unreadable::Empty => of_file(name.to_owned(), Severity::Error, Unreadable::Empty.to_string()),
+        Unreadable::Empty => of_source(name.to_owned(), Severity::Error, Unreadable::Empty.to_string()),
     })
 }
 
@@ -267,11 +267,6 @@ fn contents(path: &Path, stamp: Stamp) -> Result<Vec<u8>, String> {
         return Err(too_large());
     }
     Ok(bytes)
-}
-
-fn of_file(file: String, severity: Severity, message: String) -> Problem {
-    let object = ObjectRef { file, kind: String::new(), namespace: String::new(), name: String::new() };
-    Problem { severity, object: Arc::new(object), field: String::new(), message }
 }
 
 /// Why the watching thread wakes.
@@ -394,6 +389,6 @@ impl Watch {
         let error = self.error.as_ref()?;
         let message =
             format!("cannot be watched, so it is looked at every {UNWATCHED:?}: {error}: see the limits on inotify");
-        Some(of_file(self.path.display().to_string(), Severity::Warning, message))
+        Some(of_source(self.path.display().to_string(), Severity::Warning, message))
     }
 }

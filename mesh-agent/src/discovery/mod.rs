@@ -1,10 +1,11 @@
-//! Where configuration comes from. Comes in: manifests of a directory that is watched (the Kubernetes API will be the
-//! second source). Goes out: the `Snapshot` in force, swapped as one, a mark that it changed, and the list of Problems.
+//! Where configuration comes from. Comes in: manifests of a directory that is watched, or objects of the Kubernetes API.
+//! Goes out: the `Snapshot` in force, swapped as one, a mark that it changed, and the list of Problems.
 //!
-//! `file` knows about directories and nothing about their meaning, `store` about what was last good and nothing about
-//! files. `last_good` is what both knew when the process before ended.
+//! `file` and `kubernetes` know where objects are and nothing about their meaning, `store` knows what was last good and
+//! nothing about where it came from. `last_good` is what was known of a directory when the process before ended.
 
 mod file;
+mod kubernetes;
 mod last_good;
 mod store;
 
@@ -15,7 +16,8 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use tokio::sync::watch;
 
-use crate::model::{Problem, Snapshot};
+use crate::api_server::ApiServer;
+use crate::model::{ObjectRef, Problem, Severity, Snapshot};
 use crate::translate::Settings;
 use file::{Directory, Scan};
 use last_good::LastGood;
@@ -75,13 +77,61 @@ pub fn start(options: Options) -> Result<Sources, DiscoveryError> {
     take(files.scan());
     // Ends of this channel: the watcher, and `Watching`, which stops the thread.
     let (wake, woken) = mpsc::channel();
-    let watching = Arc::new(Watching { wake: wake.clone() });
+    let watching = Arc::new(Watching::Directory { wake: wake.clone() });
     std::thread::Builder::new()
         .name("discovery".into())
         .spawn(move || file::watch(files, &wake, &woken, rescan, take))
         .map_err(|source| DiscoveryError::Thread { directory, source })?;
     let store::Published { snapshot, changed, problems } = published;
     Ok(Sources { snapshot, changed, problems, _watching: watching })
+}
+
+/// Lists and watches what the mesh needs of a cluster. When this returns, the snapshot is what the API server said; it waits
+/// for as long as the API server does not say it. To be called on a runtime, which makes the requests.
+pub async fn start_kubernetes(server: &ApiServer, settings: Settings) -> Result<Sources, DiscoveryError> {
+    let (mut store, published) = Store::new(settings, &[]);
+    let (tell, heard) = mpsc::channel();
+    let (ended, watching) = mpsc::channel();
+    kubernetes::listen(server, &tell);
+    let mut cluster = kubernetes::Cluster::new(server.url());
+    let url = server.url().to_owned();
+    std::thread::Builder::new()
+        .name("discovery".into())
+        .spawn(move || {
+            while let Some(changed) = cluster.wait(&heard) {
+                if watching.try_recv() == Err(mpsc::TryRecvError::Disconnected) {
+                    return;
+                }
+                if !changed {
+                    continue;
+                }
+                match cluster.is_known() {
+                    true => store.take(&cluster.objects(), cluster.problems()),
+                    false => store.wait(cluster.problems()),
+                }
+            }
+        })
+        .map_err(|source| DiscoveryError::Thread { directory: url.into(), source })?;
+    let store::Published { snapshot, mut changed, mut problems } = published;
+    let mut said = Arc::default();
+    while *changed.borrow_and_update() == 0 {
+        tokio::select! {
+            Ok(()) = changed.changed() => {}
+            Ok(()) = problems.changed() => {
+                let now = problems.borrow_and_update().clone();
+                for problem in now.iter().filter(|p| !Arc::<Vec<Problem>>::as_ref(&said).contains(p)) {
+                    tracing::warn!("{problem}");
+                }
+                said = now;
+            }
+        }
+    }
+    Ok(Sources { snapshot, changed, problems, _watching: Arc::new(Watching::Cluster { _ended: ended }) })
+}
+
+fn of_source(file: String, severity: Severity, message: String) -> Problem {
+    let object = ObjectRef { file, kind: String::new(), namespace: String::new(), name: String::new() };
+    Problem { severity, object: Arc::new(object), field: String::new(), message }
 }
 
 /// Reads the directory once: for `meshctl analyze` and tests.
@@ -99,14 +149,22 @@ fn take(store: &mut Store, scan: &Scan) {
 }
 
 /// Ends the watching thread when the last reader is gone.
-struct Watching {
-    wake: mpsc::Sender<file::Wake>,
+enum Watching {
+    Directory {
+        wake: mpsc::Sender<file::Wake>,
+    },
+    /// The thread looks whether this end is still there.
+    Cluster {
+        _ended: mpsc::Sender<()>,
+    },
 }
 
 impl Drop for Watching {
     fn drop(&mut self) {
-        // The thread may have ended already; then there is nothing to stop.
-        let _ = self.wake.send(file::Wake::Stop);
+        if let Self::Directory { wake } = self {
+            // The thread may have ended already; then there is nothing to stop.
+            let _ = wake.send(file::Wake::Stop);
+        }
     }
 }
 

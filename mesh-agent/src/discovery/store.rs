@@ -40,6 +40,11 @@ impl Store {
         self.memory.good()
     }
 
+    /// The objects are not known yet: only what hinders it is told.
+    pub fn wait(&mut self, problems: Vec<Problem>) {
+        self.tell(problems);
+    }
+
     /// Takes all objects there are now, and what the source has to report itself.
     pub fn take(&mut self, objects: &[Object], of_source: Vec<Problem>) {
         let Translation { parts, mut problems, memory } = translate(&self.settings, objects, &self.memory);
@@ -55,6 +60,10 @@ impl Store {
             self.snapshot.store(Arc::new(next));
             self.changed.send_modify(|generation| *generation += 1);
         }
+        self.tell(problems);
+    }
+
+    fn tell(&self, problems: Vec<Problem>) {
         self.problems.send_if_modified(|known| {
             let new = **known != problems;
             if new {

@@ -1,11 +1,13 @@
 //! Pods join and leave the mesh while they run.
 
+mod find;
 mod legacy;
 mod netns;
 mod pods;
 mod routes;
 pub mod sockets;
 
-pub use netns::{Netns, NetnsError};
+pub use find::{FindError, Places, Processes};
+pub use netns::{Netns, NetnsError, see_host_proc};
 pub use pods::{EnrolledPod, Enrollment, Inputs, PodEvent, PodStatus, Settled};
 pub use routes::{RoutesError, restore_all};

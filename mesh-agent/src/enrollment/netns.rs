@@ -18,6 +18,20 @@ use crate::redirect::NetnsCookie;
 /// The namespace that this process was started in; every thread of ours is at home there.
 static HOME: OnceLock<OwnedFd> = OnceLock::new();
 
+/// The node's /proc, whose sysctls can be written; a container's own is read-only.
+static HOST_PROC: OnceLock<PathBuf> = OnceLock::new();
+
+/// Sysctls are written below `proc`, from now on; to be called once, before any pod is enrolled.
+pub fn see_host_proc(proc: &Path) {
+    // A second call finds what the first has said.
+    let _ = HOST_PROC.set(proc.into());
+}
+
+/// Where sysctls are written.
+pub(super) fn host_proc() -> &'static Path {
+    HOST_PROC.get().map_or(Path::new("/proc"), PathBuf::as_path)
+}
+
 /// An open network namespace.
 #[derive(Debug)]
 pub struct Netns {
@@ -30,9 +44,9 @@ pub struct Netns {
 
 #[derive(Debug, thiserror::Error)]
 pub enum NetnsError {
-    #[error("cannot open network namespace {path}: {source}; check the annotation nodemesh.io/netns")]
+    #[error("cannot open network namespace {path}: {source}; is it the pod's?")]
     Open { path: PathBuf, source: io::Error },
-    #[error("{path} is no network namespace; check the annotation nodemesh.io/netns")]
+    #[error("{path} is no network namespace; is it the pod's?")]
     NotANetns { path: PathBuf },
     #[error("{path} is the node's own network namespace; a hostNetwork pod cannot be in the mesh")]
     HostNetwork { path: PathBuf },

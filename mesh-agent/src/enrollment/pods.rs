@@ -12,7 +12,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use super::legacy::{self, Tuple};
-use super::{Netns, NetnsError, RoutesError, routes};
+use super::{FindError, Netns, NetnsError, Places, RoutesError, routes};
 use crate::identity::Certificates;
 use crate::model::{Problem, Severity, Snapshot, SpiffeId, Transport, Workload};
 use crate::redirect::{PodEntry, Redirect, RedirectError};
@@ -77,6 +77,8 @@ pub struct Inputs {
     pub problems: watch::Receiver<Arc<Vec<Problem>>>,
     pub redirect: Arc<Redirect>,
     pub certificates: Certificates,
+    /// Where the network namespaces of pods are.
+    pub places: Arc<Places>,
     /// Told in order, from one task.
     pub events: Box<dyn Fn(PodEvent) + Send + Sync>,
 }
@@ -119,6 +121,8 @@ enum State {
 
 #[derive(Debug, thiserror::Error)]
 enum JoinError {
+    #[error(transparent)]
+    Find(#[from] FindError),
     #[error(transparent)]
     Netns(#[from] NetnsError),
     #[error(transparent)]
@@ -184,8 +188,9 @@ impl Enrollment {
     /// Starts what is missing, lets go what is not wanted.
     fn reconcile(&self, pods: &mut BTreeMap<Arc<str>, Pod>, joining: &mut JoinSet<Joined>) {
         let snapshot = self.inputs.snapshot.load_full();
-        let wanted =
-            |w: &&Arc<Workload>| w.is_on(&self.inputs.node) && w.netns.is_some() && w.transport == Transport::Hbone;
+        let wanted = |w: &&Arc<Workload>| {
+            w.is_on(&self.inputs.node) && w.transport == Transport::Hbone && self.inputs.places.may_know(w)
+        };
         let wanted: BTreeMap<Arc<str>, Arc<Workload>> =
             snapshot.workloads().filter(wanted).map(|w| (w.uid.clone(), w.clone())).collect();
         let leaving: Vec<Arc<str>> = pods
@@ -210,7 +215,8 @@ impl Enrollment {
                 Some(State::Due(problem)) => Some(problem.clone()),
                 Some(State::Joining(_) | State::Failed(_) | State::Enrolled { .. }) => continue,
             };
-            joining.spawn(join(workload.clone(), self.inputs.redirect.clone(), self.inputs.certificates.clone()));
+            let Inputs { redirect, certificates, places, .. } = &self.inputs;
+            joining.spawn(join(workload.clone(), redirect.clone(), certificates.clone(), places.clone()));
             pods.insert(uid, Pod { workload, state: State::Joining(before) });
         }
     }
@@ -283,8 +289,10 @@ impl Enrollment {
         }
         for uid in lost {
             let Some(pod) = pods.remove(&uid) else { continue };
-            let path = pod.workload.netns.clone().unwrap_or_default();
-            tracing::warn!(pod = %pod.workload.name, "the network namespace {} has vanished", path.display());
+            if let State::Enrolled { pod: enrolled, .. } = &pod.state {
+                let path = enrolled.netns.path().display();
+                tracing::warn!(pod = %pod.workload.name, "the network namespace {path} has vanished");
+            }
             self.leave(pods, pod, true);
         }
     }
@@ -304,7 +312,9 @@ impl Enrollment {
         let outside = snapshot.workloads().filter(|w| w.is_on(&self.inputs.node) && w.transport == Transport::Plain);
         // Nor is a Namespace that is missing a word for leaving the mesh.
         let outside = outside.filter(|w| w.mode_is_said);
-        for cookie in outside.filter_map(|w| Netns::open(w.netns.as_deref()?).ok()).map(|netns| netns.cookie()) {
+        for cookie in
+            outside.filter_map(|w| Netns::open(&self.inputs.places.find(w).ok()?).ok()).map(|netns| netns.cookie())
+        {
             if strangers.contains(&cookie)
                 && let Err(e) = self.inputs.redirect.unenroll(cookie)
             {
@@ -323,20 +333,28 @@ impl Enrollment {
 }
 
 /// Takes a pod in: certificate, namespace, listeners, kernel; the kernel starts to redirect last.
-async fn join(workload: Arc<Workload>, redirect: Arc<Redirect>, certificates: Certificates) -> Joined {
+async fn join(
+    workload: Arc<Workload>,
+    redirect: Arc<Redirect>,
+    certificates: Certificates,
+    places: Arc<Places>,
+) -> Joined {
     let result = async {
         certificates.ensure(&workload.identity).await.map_err(JoinError::Certificate)?;
         let (workload, redirect) = (workload.clone(), redirect.clone());
-        let joined = tokio::task::spawn_blocking(move || enter(workload, &redirect)).await;
+        let joined = tokio::task::spawn_blocking(move || enter(workload, &redirect, &places)).await;
         joined.map_err(|e| JoinError::Legacy(std::io::Error::other(e)))?
     };
     let result = result.await;
     (workload, result)
 }
 
-fn enter(workload: Arc<Workload>, redirect: &Redirect) -> Result<(Arc<EnrolledPod>, HashSet<Tuple>), JoinError> {
-    let path = workload.netns.clone().unwrap_or_default();
-    let netns = Arc::new(Netns::open(&path)?);
+fn enter(
+    workload: Arc<Workload>,
+    redirect: &Redirect,
+    places: &Places,
+) -> Result<(Arc<EnrolledPod>, HashSet<Tuple>), JoinError> {
+    let netns = Arc::new(Netns::open(&places.find(&workload)?)?);
     routes::prepare(&netns)?;
     let pod = EnrolledPod {
         outbound: netns.listen(mesh_common::OUTBOUND_PORT)?,

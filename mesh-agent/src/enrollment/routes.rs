@@ -241,7 +241,7 @@ where
 
 fn write_sysctl(netns: &Netns, name: &str, value: &str) -> io::Result<()> {
     // /proc/sys/net shows the namespace of the thread that opens it.
-    netns.run(|| std::fs::write(format!("/proc/sys/{name}"), value))?
+    netns.run(|| std::fs::write(super::netns::host_proc().join("sys").join(name), value))?
 }
 
 fn text(netns: &Netns) -> String {

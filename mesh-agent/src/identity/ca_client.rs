@@ -38,6 +38,9 @@ use crate::lifecycle::files::{self, FileError};
 use crate::model::SpiffeId;
 
 const ROOTS: &str = "roots.json";
+/// The trust bundle in Kubernetes: a ConfigMap in every namespace, with one key.
+pub const CA_ROOT: &str = "nodemesh-ca-root";
+pub const CA_ROOT_KEY: &str = "root-cert.pem";
 /// Until the controller has said how often.
 const POLL: Duration = Duration::from_secs(60);
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
@@ -49,6 +52,8 @@ pub enum Credential {
     Join { token: String, node: String },
     /// Istio's istiod: a service account's token, read anew for each request, and its root certificates.
     Istio { token_file: PathBuf, root_file: PathBuf },
+    /// Our controller in Kubernetes: a service account's token, read anew for each request; its roots as Kubernetes has them.
+    ServiceAccount { token_file: PathBuf, roots_pem: String },
 }
 
 #[derive(Clone)]
@@ -76,6 +81,8 @@ pub enum CaClientError {
     Roots { path: PathBuf, source: BundleError },
     #[error("{}: it can't be read ({problem}); remove it, and the join token's root is used again", path.display())]
     State { path: PathBuf, problem: String },
+    #[error("the roots of ConfigMap {CA_ROOT} can't be used: {0}; the controller writes it anew when it is deleted")]
+    Given(BundleError),
     #[error("TLS can't be set up: {0}")]
     Tls(#[from] rustls::Error),
 }
@@ -121,6 +128,9 @@ impl CaClient {
                 let failed = |source| CaClientError::Roots { path: root_file.clone(), source };
                 (Vec::new(), Some(Bundle::from_pem(&files::read(root_file)?).map_err(failed)?))
             }
+            Credential::ServiceAccount { token_file: _, roots_pem } => {
+                (Vec::new(), Some(Bundle::from_pem(roots_pem).map_err(CaClientError::Given)?))
+            }
         };
         let known = match given {
             Some(bundle) => Some(bundle),
@@ -130,7 +140,7 @@ impl CaClient {
         let verifier = ControllerVerifier {
             pins: pins.clone(),
             roots: roots.clone(),
-            name: matches!(credential, Credential::Join { .. })
+            name: (!matches!(credential, Credential::Istio { .. }))
                 .then(|| ServerName::try_from(CONTROLLER_NAME).expect("the name is a DNS name")),
         };
         let mut config = ClientConfig::builder_with_provider(provider())
@@ -200,7 +210,7 @@ impl CaClient {
     {
         let token = match &self.credential {
             Credential::Join { token, node: _ } => token.clone(),
-            Credential::Istio { token_file, root_file: _ } => {
+            Credential::Istio { token_file, .. } | Credential::ServiceAccount { token_file, .. } => {
                 files::read(token_file).map_err(|e| Failure::ours(e.to_string()))?.trim().to_owned()
             }
         };

@@ -176,7 +176,8 @@ pub(super) fn build(
             locality: places.get(pod.node.as_str()).copied().cloned().unwrap_or_default(),
             transport: if member.mode.enrolled { Transport::Hbone } else { Transport::Plain },
             mode_is_said: member.mode.said,
-            netns: member.netns.clone(),
+            // Elsewhere the annotation is any pod owner's to write, and could name another's.
+            netns: settings.standalone_node.as_ref().and(member.netns.clone()),
             policies: policies.of(pod, &member.addresses),
             mtls: mtls.of(pod),
             workload_name: texts.get(&pod.workload_name),

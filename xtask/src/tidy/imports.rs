@@ -5,7 +5,7 @@
 //! layer 4   proxy/{outbound,inbound,gateway}  dns  admin
 //! layer 3   proxy/{accept,detect,transport,connections}  enrollment  redirect  discovery  identity
 //! layer 2   translate  proxy/{policy,route,balance}     pure
-//! layer 1   telemetry  lifecycle  config  proxy/error   used by 3 and 4; never by 0 and 2
+//! layer 1   api_server  telemetry  lifecycle  config  proxy/error   used by 3 and 4; never by 0 and 2
 //! layer 0   model                                       imports nothing of ours
 //! ```
 
@@ -34,6 +34,7 @@ const PARTS: &[(&str, u8)] = &[
     ("proxy/policy", 2),
     ("proxy/route", 2),
     ("proxy/balance", 2),
+    ("api_server", 1),
     ("telemetry", 1),
     ("lifecycle", 1),
     ("config", 1),

@@ -2,7 +2,7 @@ use std::path::PathBuf;
 
 use super::super::exit::{Exit, code, sentence};
 use super::*;
-use crate::config::{CertificateAuthority, Logging};
+use crate::config::{CertificateAuthority, Logging, Source};
 use crate::discovery::DiscoveryError;
 use crate::identity::{CaError, TokenError};
 use crate::model::{OutboundPolicy, TrustDomain};
@@ -38,7 +38,7 @@ fn the_defaults() {
         node("--embedded-ca", &[]),
         Node {
             node_name: "worker-1".to_owned(),
-            config_dir: PathBuf::from("/"),
+            source: Source::Directory(PathBuf::from("/")),
             state_dir: PathBuf::from("/var/lib/nodemesh"),
             admin_socket: PathBuf::from("/run/nodemesh/admin.sock"),
             workers: 4,
@@ -54,6 +54,7 @@ fn the_defaults() {
             bpffs: PathBuf::from("/sys/fs/bpf"),
             cgroup: None,
             probe_cgroup: None,
+            host_proc: "/proc".into(),
             kernel_log: false,
             orig_dst_entries: 65536,
             metrics_address: "0.0.0.0:15020".parse().unwrap(),

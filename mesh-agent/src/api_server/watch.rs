@@ -1,0 +1,98 @@
+//! All objects of one kind, and every change of them, for as long as somebody listens.
+
+use std::time::Duration;
+
+use futures_util::{Stream, StreamExt};
+use kube::api::{Api, DynamicObject};
+use kube::runtime::WatchStreamExt;
+use kube::runtime::watcher::{self, Event, watcher};
+use serde_json::Value;
+
+use super::{ApiError, ApiServer, Kind};
+
+/// What has been heard of one kind.
+#[derive(Debug)]
+pub enum Change {
+    /// A list begins: what is not in it by `Complete` is gone.
+    Begin,
+    /// Part of the list.
+    Listed(Value),
+    /// The list is whole.
+    Complete,
+    Applied(Value),
+    Deleted(Value),
+    /// It is tried again, slower and slower. What was known stays.
+    Failed(ApiError),
+}
+
+/// A watch that goes on through every failure: it begins anew with a list where it has missed something. `fields` is a
+/// field selector, such as `spec.nodeName=n1`, or empty.
+pub fn watch(
+    server: &ApiServer,
+    kind: &Kind,
+    namespace: Option<&str>,
+    fields: &str,
+) -> impl Stream<Item = Change> + Send + 'static {
+    let resource = kind.resource();
+    let api: Api<DynamicObject> = match namespace {
+        Some(namespace) if kind.namespaced => Api::namespaced_with(server.client(), namespace, &resource),
+        _ => Api::all_with(server.client(), &resource),
+    };
+    let mut config = watcher::Config::default().any_semantic();
+    if !fields.is_empty() {
+        config = config.fields(fields);
+    }
+    let (url, what) = (server.url().to_owned(), format!("watch {}", kind.path(namespace.unwrap_or_default(), None)));
+    let (api_version, kind) = (kind.api_version(), kind.kind.to_string());
+    let value = move |object: DynamicObject| {
+        let mut value = object.data;
+        value["apiVersion"] = api_version.clone().into();
+        value["kind"] = kind.clone().into();
+        value["metadata"] = serde_json::to_value(object.metadata).expect("metadata is plain data");
+        value
+    };
+    watcher(api, config).backoff(Retry::default()).map(move |event| match event {
+        Ok(Event::Init) => Change::Begin,
+        Ok(Event::InitApply(object)) => Change::Listed(value(object)),
+        Ok(Event::InitDone) => Change::Complete,
+        Ok(Event::Apply(object)) => Change::Applied(value(object)),
+        Ok(Event::Delete(object)) => Change::Deleted(value(object)),
+        Err(e) => Change::Failed(failure(&url, &what, e)),
+    })
+}
+
+fn failure(url: &str, what: &str, error: watcher::Error) -> ApiError {
+    match error {
+        watcher::Error::InitialListFailed(e) | watcher::Error::WatchStartFailed(e) | watcher::Error::WatchFailed(e) => {
+            ApiError::from_kube(url, what, e)
+        }
+        watcher::Error::WatchError(status) => ApiError::from_kube(url, what, kube::Error::Api(status)),
+        e => ApiError::Other { what: what.to_owned(), why: e.to_string() },
+    }
+}
+
+/// Soon at first, and never later than a mesh may lag behind once the API server is back.
+#[derive(Debug, Default)]
+struct Retry {
+    failures: u32,
+}
+
+const FIRST: Duration = Duration::from_millis(200);
+const LAST: Duration = Duration::from_secs(5);
+
+impl Iterator for Retry {
+    type Item = Duration;
+
+    fn next(&mut self) -> Option<Duration> {
+        let wait = FIRST.saturating_mul(1 << self.failures.min(10)).min(LAST);
+        self.failures += 1;
+        // Thousands of nodes must not come back in step.
+        Some(wait.mul_f64(rand::random_range(0.8..1.2)))
+    }
+}
+
+impl kube::runtime::utils::Backoff for Retry {
+    fn reset(&mut self) {
+        self.failures = 0;
+    }
+}

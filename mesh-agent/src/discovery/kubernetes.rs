@@ -1,0 +1,339 @@
+//! The Kubernetes API as a source: each kind is listed and watched, and what is heard is gathered until it is quiet.
+//!
+//! Nothing is published before every kind has been listed once: half a mesh could be one without its policies. A kind
+//! whose CustomResourceDefinition is not installed has no objects. When the API server is away, everything stays as it
+//! was; a Problem says so, and goes when it answers again.
+
+use std::collections::BTreeMap;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+use futures_util::StreamExt;
+use serde_json::Value;
+
+use super::of_source;
+use crate::api_server::{ApiError, ApiServer, Change, Kind, watch};
+use crate::model::{Problem, Severity};
+use crate::translate::Object;
+
+/// A change is translated when nothing more was heard for this long: a Deployment's pods change together.
+const QUIET: Duration = Duration::from_millis(20);
+/// But not later than this after the first of them.
+const PATIENCE: Duration = Duration::from_millis(200);
+/// A failure that was not followed by another for this long is over: failures come at least every 5 s, and may take 10.
+const FORGIVEN: Duration = Duration::from_secs(20);
+/// How often a failure is looked at that may be over.
+const TICK: Duration = Duration::from_secs(1);
+
+/// What is read from the API. Of each group the version that all releases of the last years serve.
+const KINDS: &[Kind] = &[
+    Kind::NAMESPACE,
+    Kind::NODE,
+    Kind::POD,
+    Kind::SERVICE,
+    Kind::ENDPOINT_SLICE,
+    Kind::PEER_AUTHENTICATION,
+    Kind::AUTHORIZATION_POLICY,
+];
+
+/// What the watching tasks tell the discovery thread.
+pub(super) type Heard = (usize, Change);
+
+/// Starts to watch; what is heard goes to `heard` until its other end is gone.
+pub(super) fn listen(server: &ApiServer, heard: &mpsc::Sender<Heard>) {
+    for (index, kind) in KINDS.iter().enumerate() {
+        let mut changes = Box::pin(watch(server, kind, None, ""));
+        let heard = heard.clone();
+        tokio::spawn(async move {
+            while let Some(change) = changes.next().await {
+                if heard.send((index, change)).is_err() {
+                    return;
+                }
+            }
+        });
+    }
+}
+
+/// All objects as the API server last gave them.
+pub(super) struct Cluster {
+    url: String,
+    kinds: Vec<Listed>,
+}
+
+#[derive(Default)]
+struct Listed {
+    objects: BTreeMap<(String, String), Object>,
+    /// A list that is being read; it counts when it is whole.
+    next: Option<BTreeMap<(String, String), Object>>,
+    /// Whether a list was whole once, or there is no such kind.
+    known: bool,
+    failure: Option<(Instant, ApiError)>,
+}
+
+impl Cluster {
+    pub fn new(url: &str) -> Self {
+        Self { url: url.to_owned(), kinds: KINDS.iter().map(|_| Listed::default()).collect() }
+    }
+
+    /// Waits for changes and takes them; says whether anything may have changed, or `None` at the end.
+    pub fn wait(&mut self, heard: &mpsc::Receiver<Heard>) -> Option<bool> {
+        let mut changed = match heard.recv_timeout(TICK) {
+            Ok(first) => self.take(first),
+            Err(RecvTimeoutError::Timeout) => return Some(self.forgive()),
+            Err(RecvTimeoutError::Disconnected) => return None,
+        };
+        let start = Instant::now();
+        loop {
+            let left = PATIENCE.saturating_sub(start.elapsed()).min(QUIET);
+            match heard.recv_timeout(left) {
+                Ok(more) => changed |= self.take(more),
+                // A list that is being read is waited for, unless it takes long.
+                Err(RecvTimeoutError::Timeout) => return Some(changed),
+                Err(RecvTimeoutError::Disconnected) => return None,
+            }
+            if start.elapsed() > PATIENCE {
+                return Some(changed);
+            }
+        }
+    }
+
+    fn take(&mut self, (index, change): Heard) -> bool {
+        let listed = &mut self.kinds[index];
+        if !matches!(change, Change::Failed(_)) {
+            listed.failure = None;
+        }
+        match change {
+            Change::Begin => listed.next = Some(BTreeMap::new()),
+            Change::Listed(value) => {
+                if let Some((key, object)) = object(value) {
+                    // An object that was known and has not changed keeps its value, so that it is not translated again.
+                    let object =
+                        listed.objects.get(&key).filter(|o| same_version(o, &object)).cloned().unwrap_or(object);
+                    listed.next.get_or_insert_default().insert(key, object);
+                }
+            }
+            Change::Complete => {
+                if let Some(next) = listed.next.take() {
+                    listed.objects = next;
+                }
+                listed.known = true;
+                return true;
+            }
+            Change::Applied(value) => {
+                if let Some((key, object)) = object(value) {
+                    listed.objects.insert(key, object);
+                    return listed.known;
+                }
+            }
+            Change::Deleted(value) => {
+                if let Some((key, _)) = object(value) {
+                    listed.objects.remove(&key);
+                    return listed.known;
+                }
+            }
+            // The list or watch of a kind that is not installed.
+            Change::Failed(ApiError::NotFound { .. }) => {
+                let gone = !std::mem::take(&mut listed.objects).is_empty();
+                (listed.next, listed.failure) = (None, None);
+                return !std::mem::replace(&mut listed.known, true) || gone;
+            }
+            Change::Failed(error) => {
+                let new = listed.failure.is_none();
+                if new {
+                    tracing::debug!("{error}");
+                }
+                listed.failure = Some((Instant::now(), error));
+                return new;
+            }
+        }
+        false
+    }
+
+    /// Forgets failures that are over; says whether there was one.
+    fn forgive(&mut self) -> bool {
+        let mut changed = false;
+        for listed in &mut self.kinds {
+            if listed.failure.as_ref().is_some_and(|(at, _)| at.elapsed() > FORGIVEN) {
+                listed.failure = None;
+                changed = true;
+            }
+        }
+        changed
+    }
+
+    /// Whether every kind has been listed.
+    pub fn is_known(&self) -> bool {
+        self.kinds.iter().all(|listed| listed.known)
+    }
+
+    pub fn objects(&self) -> Vec<Object> {
+        self.kinds.iter().flat_map(|listed| listed.objects.values().cloned()).collect()
+    }
+
+    /// Each thing that goes wrong, once.
+    pub fn problems(&self) -> Vec<Problem> {
+        let mut problems = Vec::new();
+        let mut away = None;
+        for (listed, kind) in self.kinds.iter().zip(KINDS) {
+            let Some((_, error)) = &listed.failure else { continue };
+            if error.is_temporary() {
+                away = Some(error);
+                continue;
+            }
+            let outcome = if listed.known { "what was known stays in force" } else { "the mesh waits for it" };
+            let message = format!("{} cannot be read: {error}; {outcome}", kind.plural);
+            problems.push(of_source(self.url.clone(), Severity::Warning, message));
+        }
+        if let Some(error) = away {
+            let outcome = match self.is_known() {
+                true => "the mesh runs on with what it knows, and catches up by itself",
+                false => "pods that were in the mesh stay closed until it answers",
+            };
+            problems.push(of_source(self.url.clone(), Severity::Warning, format!("{error}; {outcome}")));
+        }
+        problems
+    }
+}
+
+fn same_version(known: &Object, new: &Object) -> bool {
+    let version =
+        |o: &Object| o.value().pointer("/metadata/resourceVersion").and_then(Value::as_str).map(str::to_owned);
+    version(known).is_some_and(|v| version(new) == Some(v))
+}
+
+/// `None` for what is no object, which the API server does not give.
+fn object(mut value: Value) -> Option<((String, String), Object)> {
+    trim(&mut value);
+    let object = Object::from_value("", value).ok()?.into_iter().next()?;
+    let reference = object.reference();
+    Some(((reference.namespace.clone(), reference.name.clone()), object))
+}
+
+/// Takes away what nobody reads and is large.
+fn trim(value: &mut Value) {
+    let mut drop = |at: &str, keys: &[&str]| {
+        if let Some(Value::Object(map)) = value.pointer_mut(at) {
+            map.retain(|key, _| !keys.contains(&key.as_str()));
+        }
+    };
+    drop("/metadata", &["managedFields", "annotations", "finalizers", "selfLink", "generateName"]);
+    match value.get("kind").and_then(Value::as_str) {
+        Some("Pod") => {
+            let keep = |value: &mut Value, at: &str, keys: &[&str]| {
+                if let Some(Value::Object(map)) = value.pointer_mut(at) {
+                    map.retain(|key, _| keys.contains(&key.as_str()));
+                }
+            };
+            keep(value, "/spec", &["nodeName", "serviceAccountName", "serviceAccount", "hostNetwork", "containers"]);
+            keep(value, "/status", &["phase", "podIP", "podIPs", "conditions"]);
+            if let Some(Value::Array(containers)) = value.pointer_mut("/spec/containers") {
+                for container in containers {
+                    if let Value::Object(map) = container {
+                        map.retain(|key, _| key == "ports");
+                    }
+                }
+            }
+        }
+        Some("Node") => {
+            if let Value::Object(map) = value {
+                map.remove("spec");
+                map.remove("status");
+            }
+        }
+        _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn pod(name: &str, version: &str) -> Value {
+        json!({"apiVersion": "v1", "kind": "Pod", "metadata": {
+            "name": name, "namespace": "shop", "resourceVersion": version, "managedFields": [{"manager": "x"}],
+            "annotations": {"nodemesh.io/netns": "/run/netns/other"}},
+            "spec": {"nodeName": "n1", "containers": [{"name": "c", "env": [{"name": "SECRET", "value": "s"}]}]}})
+    }
+
+    const POD: usize = 2;
+
+    fn known() -> Cluster {
+        let mut cluster = Cluster::new("https://api");
+        for index in 0..KINDS.len() {
+            cluster.take((index, Change::Begin));
+            cluster.take((index, Change::Complete));
+        }
+        cluster
+    }
+
+    #[test]
+    fn nothing_counts_before_every_kind_is_listed() {
+        let mut cluster = Cluster::new("https://api");
+        for index in 0..KINDS.len() - 1 {
+            cluster.take((index, Change::Begin));
+            cluster.take((index, Change::Complete));
+            assert!(!cluster.is_known());
+        }
+        let missing = ApiError::NotFound { what: "watch".into(), why: "no such kind".into() };
+        cluster.take((KINDS.len() - 1, Change::Failed(missing)));
+        assert!(cluster.is_known(), "a kind that is not installed has no objects");
+        assert!(cluster.problems().is_empty());
+    }
+
+    #[test]
+    fn a_list_counts_when_it_is_whole() {
+        let mut cluster = known();
+        assert!(cluster.take((POD, Change::Applied(pod("a", "1")))));
+        cluster.take((POD, Change::Begin));
+        cluster.take((POD, Change::Listed(pod("b", "2"))));
+        assert_eq!(cluster.objects()[0].reference().name, "a");
+        cluster.take((POD, Change::Complete));
+        let names: Vec<_> = cluster.objects().iter().map(|o| o.reference().name.clone()).collect();
+        assert_eq!(names, ["b"]);
+        cluster.take((POD, Change::Deleted(pod("b", "3"))));
+        assert!(cluster.objects().is_empty());
+    }
+
+    #[test]
+    fn what_is_listed_again_unchanged_stays_the_same_object() {
+        let mut cluster = known();
+        cluster.take((POD, Change::Applied(pod("a", "1"))));
+        let before = cluster.objects();
+        for (version, same) in [("1", true), ("2", false)] {
+            cluster.take((POD, Change::Begin));
+            cluster.take((POD, Change::Listed(pod("a", version))));
+            cluster.take((POD, Change::Complete));
+            assert_eq!(cluster.objects()[0].is_same(&before[0]), same);
+        }
+    }
+
+    #[test]
+    fn an_api_server_that_is_away_changes_nothing_and_is_said_once() {
+        let mut cluster = known();
+        cluster.take((POD, Change::Applied(pod("a", "1"))));
+        for index in 0..KINDS.len() {
+            let away = ApiError::Unreachable { url: "https://api".into(), why: "connection refused".into() };
+            cluster.take((index, Change::Failed(away)));
+        }
+        assert_eq!(cluster.objects().len(), 1);
+        let problems = cluster.problems();
+        assert_eq!(problems.len(), 1, "{problems:?}");
+        assert!(problems[0].message.ends_with("runs on with what it knows, and catches up by itself"));
+        for index in 0..KINDS.len() {
+            cluster.take((index, Change::Begin));
+        }
+        assert!(cluster.problems().is_empty());
+    }
+
+    #[test]
+    fn what_nobody_reads_is_not_kept() {
+        let mut value = pod("a", "1");
+        trim(&mut value);
+        let text = value.to_string();
+        for gone in ["managedFields", "SECRET", "netns"] {
+            assert!(!text.contains(gone), "{text}");
+        }
+    }
+}

@@ -1,0 +1,164 @@
+//! Where the network namespace of a pod is. In standalone mode its manifest says so; in Kubernetes the CNI plugin has told,
+//! or a process of the pod leads there.
+
+use std::collections::HashMap;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::model::Workload;
+
+/// Where network namespaces are mounted by name: paths there outlive any process of the pod.
+const NAMED: [&str; 2] = ["/run/netns", "/run/docker/netns"];
+
+/// How network namespaces of pods are found.
+#[derive(Debug)]
+pub enum Places {
+    /// The manifest of each pod names it.
+    Manifests,
+    /// By the processes of this node.
+    Processes(Processes),
+}
+
+/// The processes of this node, seen through its /proc.
+#[derive(Debug)]
+pub struct Processes {
+    proc: PathBuf,
+    /// What the CNI plugin has told, by the pod's uid.
+    told: Mutex<HashMap<Arc<str>, PathBuf>>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum FindError {
+    #[error("its manifest names no network namespace; write the annotation nodemesh.io/netns")]
+    NotNamed,
+    #[error("no process of the pod is found in {}; is that the node's /proc?", .0.display())]
+    NoProcess(PathBuf),
+    #[error("the processes in {} cannot be read: {source}; mount the node's /proc there", path.display())]
+    Unreadable { path: PathBuf, source: std::io::Error },
+}
+
+impl Places {
+    /// Whether `workload` may have a network namespace that can be found.
+    pub fn may_know(&self, workload: &Workload) -> bool {
+        match self {
+            Self::Manifests => workload.netns.is_some(),
+            Self::Processes(_) => true,
+        }
+    }
+
+    /// The path of the workload's network namespace. Reads files: not for a thread that must not wait.
+    pub fn find(&self, workload: &Workload) -> Result<PathBuf, FindError> {
+        match self {
+            Self::Manifests => workload.netns.clone().ok_or(FindError::NotNamed),
+            Self::Processes(processes) => processes.find(&workload.uid),
+        }
+    }
+}
+
+impl Processes {
+    /// `proc` is where the node's /proc is mounted.
+    pub fn new(proc: &Path) -> Self {
+        Self { proc: proc.into(), told: Mutex::default() }
+    }
+
+    /// The CNI plugin has been given this network namespace for the pod `uid`.
+    pub fn tell(&self, uid: &str, path: &Path) {
+        self.lock().insert(uid.into(), path.into());
+    }
+
+    /// The pod is gone.
+    pub fn forget(&self, uid: &str) {
+        self.lock().remove(uid);
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<Arc<str>, PathBuf>> {
+        self.told.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn find(&self, uid: &str) -> Result<PathBuf, FindError> {
+        let told = self.lock().get(uid).cloned();
+        if let Some(path) = told.filter(|path| path.exists()) {
+            return Ok(path);
+        }
+        let process = self.oldest(uid)?.ok_or_else(|| FindError::NoProcess(self.proc.clone()))?;
+        let netns = process.join("ns/net");
+        Ok(named_like(&netns).unwrap_or(netns))
+    }
+
+    /// The process of the pod that is there for longest: the one that holds its namespaces, where the runtime has one.
+    fn oldest(&self, uid: &str) -> Result<Option<PathBuf>, FindError> {
+        let entries =
+            fs::read_dir(&self.proc).map_err(|source| FindError::Unreadable { path: self.proc.clone(), source })?;
+        let processes = entries.flatten().filter_map(|entry| {
+            entry.file_name().to_str()?.parse::<u32>().ok()?;
+            let path = entry.path();
+            // One that has ended meanwhile has no file.
+            let cgroups = fs::read_to_string(path.join("cgroup")).ok()?;
+            is_of(&cgroups, uid).then(|| Some((started(&fs::read_to_string(path.join("stat")).ok()?)?, path))).flatten()
+        });
+        Ok(processes.min().map(|(_, path)| path))
+    }
+}
+
+/// Whether a process whose /proc/PID/cgroup this is belongs to the pod. Kubelet's folders are called `pod<uid>`, where
+/// systemd makes them `kubepods-...-pod<uid with underscores>.slice`.
+fn is_of(cgroups: &str, uid: &str) -> bool {
+    !uid.is_empty()
+        && (cgroups.contains(&format!("pod{uid}")) || cgroups.contains(&format!("pod{}", uid.replace('-', "_"))))
+}
+
+/// Field 22 of /proc/PID/stat; the name in field 2 may hold anything, also blanks and brackets.
+fn started(stat: &str) -> Option<u64> {
+    stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
+}
+
+/// The named mount of the namespace that `netns` leads to.
+fn named_like(netns: &Path) -> Option<PathBuf> {
+    let wanted = fs::metadata(netns).ok()?;
+    let entries = NAMED.iter().flat_map(|folder| fs::read_dir(folder).into_iter().flatten().flatten());
+    entries
+        .map(|entry| entry.path())
+        .find(|path| fs::metadata(path).is_ok_and(|m| (m.dev(), m.ino()) == (wanted.dev(), wanted.ino())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const UID: &str = "3c1b8a52-1f0e-4a0d-9d3e-6d1f0c0a7b11";
+
+    fn process(proc: &Path, pid: u32, cgroup: &str, started: u64) {
+        let folder = proc.join(pid.to_string());
+        fs::create_dir_all(folder.join("ns")).unwrap();
+        fs::write(folder.join("ns/net"), "").unwrap();
+        fs::write(folder.join("cgroup"), cgroup).unwrap();
+        fs::write(folder.join("stat"), format!("{pid} (a ) b) S {}{started} 0", "0 ".repeat(18))).unwrap();
+    }
+
+    #[test]
+    fn a_pod_is_found_by_its_oldest_process() {
+        let proc = tempfile::tempdir().unwrap();
+        let systemd = format!("0::/kubepods.slice/kubepods-pod{}.slice/cri-x.scope\n", UID.replace('-', "_"));
+        process(proc.path(), 50, &format!("12:cpu:/kubepods/besteffort/pod{UID}/abc\n0::/x\n"), 900);
+        process(proc.path(), 70, &systemd, 800);
+        process(proc.path(), 3, "0::/init.scope\n", 1);
+        let processes = Processes::new(proc.path());
+        assert_eq!(processes.find(UID).unwrap(), proc.path().join("70/ns/net"));
+        assert!(matches!(processes.find("other"), Err(FindError::NoProcess(_))));
+        assert!(matches!(processes.find(""), Err(FindError::NoProcess(_))), "an empty uid is nobody's");
+    }
+
+    #[test]
+    fn what_the_plugin_told_counts_while_it_is_there() {
+        let proc = tempfile::tempdir().unwrap();
+        let told = proc.path().join("netns");
+        fs::write(&told, "").unwrap();
+        let processes = Processes::new(proc.path());
+        processes.tell(UID, &told);
+        assert_eq!(processes.find(UID).unwrap(), told);
+        fs::remove_file(&told).unwrap();
+        assert!(processes.find(UID).is_err());
+    }
+}
