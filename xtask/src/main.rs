@@ -31,9 +31,9 @@ enum Chore {
     Setup,
     /// Build the release binaries, kernel programs included
     Build,
-    /// Run the tests, all rings or one (the rings kernel and mesh need root)
+    /// Run the tests, all rings or one (the rings kernel, mesh and cluster need root)
     Test {
-        /// lint, unit, kernel or mesh; all of them without it
+        /// lint, unit, kernel, mesh or cluster; all of them without it
         ring: Option<test::Ring>,
         /// Only tests whose name holds this
         filter: Option<String>,

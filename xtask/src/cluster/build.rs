@@ -128,6 +128,16 @@ const HELM_PART: Part = Part {
     stamps: &[("helm.sh/helm/v4/internal/version.version", HELM)],
 };
 
+/// Servers and clients that Kubernetes itself is tested with: they speak what its probes speak.
+const AGNHOST_PART: Part = Part {
+    name: "agnhost",
+    module: "k8s.io/kubernetes",
+    version: KUBERNETES,
+    programs: &[("k8s.io/kubernetes/test/images/agnhost", "agnhost")],
+    tags: "",
+    stamps: &[],
+};
+
 /// Where the programs of a cluster are.
 pub struct Programs {
     cache: PathBuf,
@@ -164,6 +174,13 @@ pub fn ensure_helm() -> Result<PathBuf> {
     let cache = make_cache()?;
     ensure_part(&cache, &HELM_PART)?;
     Ok(cache.join(folder_of(&HELM_PART)).join("helm"))
+}
+
+/// Kubernetes's test server, built if the cache does not hold it yet.
+pub fn ensure_agnhost() -> Result<PathBuf> {
+    let cache = make_cache()?;
+    ensure_part(&cache, &AGNHOST_PART)?;
+    Ok(cache.join(folder_of(&AGNHOST_PART)).join("agnhost"))
 }
 
 fn make_cache() -> Result<PathBuf> {
