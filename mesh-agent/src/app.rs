@@ -21,7 +21,7 @@ use crate::identity::{
 use crate::lifecycle::{Readiness, Signals};
 use crate::model::{SpiffeId, TrustDomain};
 use crate::proxy::{Inputs as ProxyInputs, Proxy};
-use crate::redirect::{Options, Redirect};
+use crate::redirect::{Options, Redirect, kubelet_cgroup};
 use crate::telemetry::{AccessLog, Telemetry, logging};
 use crate::translate::Settings;
 
@@ -34,6 +34,8 @@ const ROTATE_ROOT: &str = "rotate-root";
 const REQUEST_POLL: Duration = Duration::from_secs(1);
 /// How often the agent looks for the controller's roots when it starts.
 const BUNDLE_RETRY: Duration = Duration::from_secs(1);
+/// How often kubelet's cgroup is looked for.
+const PROBES: Duration = Duration::from_secs(5);
 /// How often label sets of workloads that are gone leave the metrics, and entries of sockets that are gone the kernel.
 const SWEEP: Duration = Duration::from_secs(60);
 
@@ -137,6 +139,7 @@ async fn node(config: config::Node, log: logging::LogLevel) -> anyhow::Result<()
     tokio::spawn(serve_metrics(metrics_listener, telemetry.metrics.clone()));
     tokio::spawn(sweep(telemetry.clone(), sources.clone(), redirect.clone()));
     tokio::spawn(log_problems(sources.clone()));
+    tokio::spawn(follow_probes(redirect.clone(), config.clone()));
 
     tokio::select! {
         // A pod that cannot be taken in does not hold up the others: it stays closed, and is reported.
@@ -391,6 +394,37 @@ async fn sweep(telemetry: Arc<Telemetry>, sources: Sources, redirect: Arc<Redire
         if let Err(e) = redirect.sweep() {
             tracing::warn!("cannot sweep the kernel's maps: {e}");
         }
+    }
+}
+
+/// Lets kubelet probe pods: its cgroup is another after each restart of it.
+async fn follow_probes(redirect: Arc<Redirect>, config: config::Node) {
+    if config.probe_cgroup.is_none() && matches!(config.source, Source::Directory(_)) {
+        return;
+    }
+    let mut said = String::new();
+    let mut tick = tokio::time::interval(PROBES);
+    loop {
+        tick.tick().await;
+        let (redirect, config) = (redirect.clone(), config.clone());
+        let done = tokio::task::spawn_blocking(move || {
+            let root = config.cgroup.as_deref().unwrap_or(Path::new("/sys/fs/cgroup"));
+            let found = config.probe_cgroup.clone().or_else(|| kubelet_cgroup(&config.host_proc, root));
+            if found.is_none() {
+                let proc = config.host_proc.display();
+                return Err(anyhow!("no kubelet with a cgroup of its own is found in {proc}; give --probe-cgroup"));
+            }
+            Ok(redirect.let_probe(found.as_deref())?)
+        });
+        let hindrance = match done.await {
+            Ok(Ok(())) => String::new(),
+            Ok(Err(e)) => e.to_string(),
+            Err(e) => e.to_string(),
+        };
+        if said != hindrance && !hindrance.is_empty() {
+            tracing::warn!("probes of pods that want mutual TLS are refused: {hindrance}");
+        }
+        said = hindrance;
     }
 }
 
