@@ -7,8 +7,10 @@ mod ca_client;
 mod ca_server;
 mod certificates;
 mod csr;
+mod document;
 mod issuer;
 mod join_token;
+mod material;
 mod root_rotation;
 mod rotation;
 mod rpc;
@@ -31,6 +33,7 @@ pub use ca_client::{CA_ROOT, CA_ROOT_KEY, CaClient, CaClientError, CaClientOptio
 pub use ca_server::{CONTROLLER_NAME, CaServerError, CaServerOptions, DEFAULT_PORT, RunsOn, bind, serve};
 pub use certificates::{CertificateOptions, Certificates};
 pub use csr::{CsrError, VerifiedCsr};
+pub use document::{Document, Next};
 pub use issuer::IssuerError;
 pub use join_token::{Claims, DEFAULT_TOKEN_LIFE, JoinTokens, TokenError};
 pub use rotation::Clock;
