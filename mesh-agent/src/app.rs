@@ -196,11 +196,20 @@ pub fn run_controller(config: config::Controller) -> anyhow::Result<()> {
         let listener = identity::bind(config.listen).await?;
         let snapshot = sources.snapshot.clone();
         let runs_on = Arc::new(move |node: &str, identity: &SpiffeId| {
-            snapshot.load().workloads().any(|w| w.is_on(node) && w.identity == *identity)
+            let runs = snapshot.load().workloads().any(|w| w.is_on(node) && w.identity == *identity);
+            Box::pin(std::future::ready(runs)) as _
         });
         tokio::spawn(take_requests(ca.clone(), config.state_dir.join(ROTATE_ROOT)));
         tracing::info!(listen = %config.listen, trust_domain = %config.trust_domain, "the CA is ready");
-        let options = CaServerOptions { listener, names: config.sans, ca, tokens, runs_on, poll: ROOTS_POLL };
+        let options = CaServerOptions {
+            listener,
+            names: config.sans,
+            ca,
+            tokens: Some(tokens),
+            accounts: None,
+            runs_on,
+            poll: ROOTS_POLL,
+        };
         identity::serve(options, async {
             signals.recv().await;
         })
