@@ -11,7 +11,7 @@ use crate::model::{OutboundPolicy, TrustDomain};
 use crate::telemetry::{LogFormat, logging};
 
 /// What the machine says of itself; a parameter, so that the checks can be tested.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Machine {
     pub hostname: String,
     pub cores: usize,
