@@ -16,17 +16,18 @@ use self::live::Follower;
 use crate::admin::{AdminSocket, AdminState, bind, serve_admin, serve_metrics, serve_readiness};
 use crate::api_server::{ApiServer, Kind};
 use crate::config::{self, CertificateAuthority, Live, Source, Token};
+use crate::controller;
 use crate::discovery::{self, Sources};
 use crate::enrollment::{Enrollment, Inputs as EnrollmentInputs, Places, Processes, see_host_proc};
 use crate::identity::{
     self, CA_ROOT, CA_ROOT_KEY, Ca, CaClient, CaClientOptions, CaError, CaOptions, CaServerOptions, CertificateOptions,
-    Certificates, Clock, Credential, JoinTokens, trusted_roots,
+    Certificates, Clock, Credential, JoinTokens, TokenError, trusted_roots,
 };
 use crate::lifecycle::{Readiness, Signals};
 use crate::model::{SpiffeId, TrustDomain};
 use crate::proxy::{Inputs as ProxyInputs, Proxy};
 use crate::redirect::{Options, Redirect, kubelet_cgroup};
-use crate::telemetry::{AccessLog, Telemetry, logging};
+use crate::telemetry::{AccessLog, Metrics, Telemetry, logging};
 use crate::translate::Settings;
 
 /// For one request to one controller.
@@ -205,46 +206,90 @@ async fn stopped(
 pub fn run_controller(config: config::Controller) -> anyhow::Result<()> {
     logging::init(&config.logging.filter, config.logging.format).map_err(|e| anyhow!(e))?;
     identity::install_provider();
-    control_runtime()?.block_on(async {
-        let mut signals = Signals::new().context("cannot wait for signals")?;
-        let ca = open_ca(&config)?;
-        let tokens = Arc::new(JoinTokens::open(&config.state_dir)?);
-        let mut settings = Settings::new(config.trust_domain.clone());
-        settings.istio_labels = config.istio_labels;
-        let last_good = Some(config.state_dir.join("last-good-controller.json"));
-        let sources = match &config.source {
-            Source::Directory(directory) => {
-                discovery::start(discovery::Options { last_good, ..discovery::Options::new(directory, settings) })?
-            }
-            Source::Kubernetes(kubernetes) => {
-                let server = ApiServer::connect(kubernetes.kubeconfig.as_deref(), None).await?;
-                discovery::start_kubernetes(&server, settings).await?
-            }
-        };
-        tokio::spawn(log_problems(sources.clone()));
-        let listener = identity::bind(config.listen).await?;
-        let snapshot = sources.snapshot.clone();
-        let runs_on = Arc::new(move |node: &str, identity: &SpiffeId| {
-            let runs = snapshot.load().workloads().any(|w| w.is_on(node) && w.identity == *identity);
-            Box::pin(std::future::ready(runs)) as _
-        });
-        tokio::spawn(take_requests(ca.clone(), config.state_dir.join(ROTATE_ROOT)));
-        tracing::info!(listen = %config.listen, trust_domain = %config.trust_domain, "the CA is ready");
-        let options = CaServerOptions {
-            listener,
-            names: config.sans,
-            ca,
-            tokens: Some(tokens),
-            accounts: None,
-            runs_on,
-            poll: ROOTS_POLL,
-        };
-        identity::serve(options, async {
-            signals.recv().await;
-        })
-        .await?;
-        Ok(())
+    let runtime = control_runtime()?;
+    let result = runtime.block_on(async {
+        match config.source.clone() {
+            Source::Directory(directory) => standalone_controller(config, &directory).await,
+            Source::Kubernetes(kubernetes) => cluster_controller(config, kubernetes).await,
+        }
+    });
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    result
+}
+
+async fn standalone_controller(config: config::Controller, directory: &Path) -> anyhow::Result<()> {
+    let mut signals = Signals::new().context("cannot wait for signals")?;
+    let ca = open_ca(&config)?;
+    let tokens = Arc::new(JoinTokens::open(&config.state_dir)?);
+    let last_good = Some(config.state_dir.join("last-good-controller.json"));
+    let options = discovery::Options { last_good, ..discovery::Options::new(directory, controller_settings(&config)) };
+    let sources = discovery::start(options)?;
+    tokio::spawn(log_problems(sources.clone()));
+    let listener = identity::bind(config.listen).await?;
+    let snapshot = sources.snapshot.clone();
+    let runs_on = Arc::new(move |node: &str, identity: &SpiffeId| {
+        let runs = snapshot.load().workloads().any(|w| w.is_on(node) && w.identity == *identity);
+        Box::pin(std::future::ready(runs)) as _
+    });
+    tokio::spawn(take_requests(ca.clone(), config.state_dir.join(ROTATE_ROOT)));
+    tracing::info!(listen = %config.listen, trust_domain = %config.trust_domain, "the CA is ready");
+    let options = CaServerOptions {
+        listener,
+        names: config.sans,
+        ca,
+        tokens: Some(tokens),
+        accounts: None,
+        runs_on,
+        poll: ROOTS_POLL,
+    };
+    identity::serve(options, async {
+        signals.recv().await;
     })
+    .await?;
+    Ok(())
+}
+
+/// All that it knows is in the cluster; the state directory is looked at only for the secret of join tokens.
+async fn cluster_controller(config: config::Controller, kubernetes: config::Kubernetes) -> anyhow::Result<()> {
+    let mut signals = Signals::new().context("cannot wait for signals")?;
+    let readiness_listener = bind(config.readiness_address, "readiness", "--readiness-address")?;
+    let metrics_listener = bind(config.metrics_address, "metrics", "--metrics-address")?;
+    let ca_listener = identity::bind(config.listen).await?;
+    let server = ApiServer::connect(kubernetes.kubeconfig.as_deref(), None).await?;
+    let tokens = match JoinTokens::existing(&config.state_dir) {
+        Ok(tokens) => Some(Arc::new(tokens)),
+        Err(TokenError::NoSecret(_)) => None,
+        Err(e) => return Err(e.into()),
+    };
+    let readiness = Readiness::default();
+    let inputs = controller::Inputs {
+        server,
+        namespace: kubernetes.namespace,
+        settings: controller_settings(&config),
+        ca: ca_options(&config),
+        poll: ROOTS_POLL,
+        ca_listener,
+        names: config.sans.clone(),
+        tokens,
+        readiness: readiness.clone(),
+        me: format!("{}_{:08x}", config::Machine::here().hostname, rand::random::<u32>()),
+    };
+    let serving = controller::run(inputs, async move {
+        let stop = signals.recv().await;
+        tracing::info!(signal = stop.name(), "stopping");
+    });
+    // After `run` has blocked it.
+    tokio::pin!(serving);
+    tokio::select! {
+        biased;
+        outcome = &mut serving => Ok(outcome?),
+        outcome = serve_readiness(readiness_listener, readiness) => Ok(outcome?),
+        outcome = serve_metrics(metrics_listener, Metrics::new()) => Ok(outcome?),
+    }
+}
+
+fn controller_settings(config: &config::Controller) -> Settings {
+    Settings { istio_labels: config.istio_labels, ..Settings::new(config.trust_domain.clone()) }
 }
 
 /// `mesh-agent controller token`: a join token for the node `node`, good for `ttl`.

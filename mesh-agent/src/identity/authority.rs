@@ -201,6 +201,11 @@ impl Ca {
         self.roots.borrow().clone().expect("a CA always has a root: it is set when opened and never taken away")
     }
 
+    /// The same as it changes.
+    pub fn trusted(&self) -> watch::Receiver<Option<Bundle>> {
+        self.roots.subscribe()
+    }
+
     /// The chain for a workload, leaf first, without the root. The caller has decided that it may have it.
     pub fn sign_workload(
         &self,
