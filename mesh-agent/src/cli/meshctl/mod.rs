@@ -2,6 +2,7 @@
 
 mod analyze;
 mod args;
+mod chart;
 mod client;
 mod layout;
 mod lists;
