@@ -20,6 +20,7 @@ pub mod proxy;
 pub mod admin;
 pub mod api_server;
 pub mod cli;
+pub mod controller;
 pub mod identity;
 pub mod lifecycle;
 pub mod telemetry;

@@ -11,7 +11,7 @@ use crate::model::{OutboundPolicy, TrustDomain};
 use crate::telemetry::{LogFormat, logging};
 
 /// What the machine says of itself; a parameter, so that the checks can be tested.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Machine {
     pub hostname: String,
     pub cores: usize,
@@ -90,6 +90,10 @@ pub struct Controller {
     pub source: Source,
     pub state_dir: PathBuf,
     pub listen: SocketAddr,
+    /// These three only with Kubernetes: nobody probes a controller beside a node, whose ports they are.
+    pub webhook_address: SocketAddr,
+    pub metrics_address: SocketAddr,
+    pub readiness_address: SocketAddr,
     /// The user's own CA; `None` makes one in the state directory at the first start.
     pub ca_dir: Option<PathBuf>,
     /// Names and addresses for the controller's own certificate. Never empty: localhost where none is given.
@@ -185,8 +189,8 @@ impl Node {
             host_proc: w.directory("host-proc", "/proc")?,
             kernel_log: w.or("kernel-log", "false", value::boolean)?,
             orig_dst_entries: w.or("orig-dst-entries", "65536", |t| value::number(t, 1, MAX_ORIG_DST_ENTRIES))?,
-            metrics_address: w.or("metrics-address", "0.0.0.0:15020", value::address)?,
-            readiness_address: w.or("readiness-address", "0.0.0.0:15021", value::address)?,
+            metrics_address: w.metrics_address()?,
+            readiness_address: w.readiness_address()?,
             access_log: w.or("access-log", "text", |t| match t {
                 "off" => Ok(None),
                 "text" => Ok(Some(LogFormat::Text)),
@@ -209,7 +213,14 @@ impl Node {
 impl Controller {
     pub fn check(written: &Written) -> Result<Self, ConfigError> {
         let controller = Self::check_for_tools(written)?;
-        Ok(Self { source: Reader(written).source()?, ..controller })
+        let source = Reader(written).source()?;
+        if matches!(source, Source::Kubernetes(_)) && controller.ca_dir.is_some() {
+            return Err(ConfigError(format!(
+                "{} is for a controller outside Kubernetes: put your own CA into the Secret nodemesh-ca",
+                written.place("ca-dir")
+            )));
+        }
+        Ok(Self { source, ..controller })
     }
 
     /// For `token`, `revoke-token` and `rotate-root`, which read no manifests: those need not be there.
@@ -219,6 +230,9 @@ impl Controller {
             source: Source::Directory(w.path("config-dir", DEFAULT_CONFIG_DIR)?),
             state_dir: w.path("state-dir", "/var/lib/nodemesh")?,
             listen: w.or("listen", "0.0.0.0:15012", value::address)?,
+            webhook_address: w.or("webhook-address", "0.0.0.0:15017", value::address)?,
+            metrics_address: w.metrics_address()?,
+            readiness_address: w.readiness_address()?,
             ca_dir: w.optional_directory("ca-dir")?,
             sans: match w.every("san", |t| match t.parse::<IpAddr>() {
                 Ok(_) => Ok(t.to_owned()),
@@ -413,6 +427,14 @@ impl Reader<'_> {
 
     fn trust_domain(&self) -> Result<TrustDomain, ConfigError> {
         self.or("trust-domain", "cluster.local", |t| TrustDomain::new(t).map_err(|e| e.to_string()))
+    }
+
+    fn metrics_address(&self) -> Result<SocketAddr, ConfigError> {
+        self.or("metrics-address", "0.0.0.0:15020", value::address)
+    }
+
+    fn readiness_address(&self) -> Result<SocketAddr, ConfigError> {
+        self.or("readiness-address", "0.0.0.0:15021", value::address)
     }
 
     fn logging(&self) -> Result<Logging, ConfigError> {

@@ -5,6 +5,7 @@
 //! `workloads` decides who is in the mesh, `policies` which rules hold for whom, `services` what is behind a name.
 //! Goes out: `SnapshotParts` for the data path, every Problem, and the memory for the next translation.
 
+mod candidate;
 mod istio;
 mod kubernetes;
 mod manifest;
@@ -17,6 +18,7 @@ mod workloads;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+pub use candidate::{Candidate, NamespaceMode, NoCandidate};
 pub use manifest::{Unreadable, closed, parse};
 pub use object::{Key, Object};
 
