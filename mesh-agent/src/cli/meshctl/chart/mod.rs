@@ -13,7 +13,7 @@ use anyhow::anyhow;
 use gtmpl_ng::{Context, FuncError, Template, Value as Part};
 use serde_json::Value;
 
-pub(super) use values::{Given, complete, overrides, profiles};
+pub(super) use values::{Given, complete, merge, overrides, profiles};
 
 /// Paths and texts.
 const FILES: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/chart.rs"));

@@ -109,7 +109,7 @@ fn set_is_helms() {
 #[test]
 fn maps_are_merged_and_null_takes_away() {
     let mut under = json!({"a": {"b": 1, "c": 2}, "d": [1, 2]});
-    values::merge(&mut under, json!({"a": {"b": null, "e": 3}, "d": [3]}));
+    merge(&mut under, json!({"a": {"b": null, "e": 3}, "d": [3]}));
     assert_eq!(under, json!({"a": {"c": 2, "e": 3}, "d": [3]}));
 }
 

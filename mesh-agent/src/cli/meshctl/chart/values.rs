@@ -80,7 +80,7 @@ pub(in crate::cli::meshctl) fn complete(overrides: &Value) -> Result<Value, Fail
 }
 
 /// As Helm merges: maps key by key, null takes a key away, all else replaces what was there.
-pub(super) fn merge(under: &mut Value, over: Value) {
+pub(in crate::cli::meshctl) fn merge(under: &mut Value, over: Value) {
     match (under, over) {
         (Value::Object(under), Value::Object(over)) => {
             for (key, value) in over {
