@@ -3,15 +3,19 @@
 //! Threads: the *control* runtime (two threads: discovery's results, enrolment, certificates, admin, metrics) and one
 //! thread a worker for the data path. Control never stands in the way of a byte.
 
+mod live;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, anyhow};
+use arc_swap::ArcSwap;
 
+use self::live::Follower;
 use crate::admin::{AdminSocket, AdminState, bind, serve_admin, serve_metrics, serve_readiness};
 use crate::api_server::{ApiServer, Kind};
-use crate::config::{self, CertificateAuthority, Source, Token};
+use crate::config::{self, CertificateAuthority, Live, Source, Token};
 use crate::controller;
 use crate::discovery::{self, Sources};
 use crate::enrollment::{Enrollment, Inputs as EnrollmentInputs, Places, Processes, see_host_proc};
@@ -22,7 +26,7 @@ use crate::identity::{
 use crate::lifecycle::{Readiness, Signals};
 use crate::model::{SpiffeId, TrustDomain};
 use crate::proxy::{Inputs as ProxyInputs, Proxy};
-use crate::redirect::{Options, Redirect};
+use crate::redirect::{Options, Redirect, kubelet_cgroup};
 use crate::telemetry::{AccessLog, Metrics, Telemetry, logging};
 use crate::translate::Settings;
 
@@ -35,23 +39,25 @@ const ROTATE_ROOT: &str = "rotate-root";
 const REQUEST_POLL: Duration = Duration::from_secs(1);
 /// How often the agent looks for the controller's roots when it starts.
 const BUNDLE_RETRY: Duration = Duration::from_secs(1);
+/// How often kubelet's cgroup is looked for.
+const PROBES: Duration = Duration::from_secs(5);
 /// How often label sets of workloads that are gone leave the metrics, and entries of sockets that are gone the kernel.
 const SWEEP: Duration = Duration::from_secs(60);
 
 /// `mesh-agent node`: serves the pods of this node until a signal ends it.
-pub fn run_node(config: config::Node) -> anyhow::Result<()> {
+pub fn run_node(config: config::Node, live: Live) -> anyhow::Result<()> {
     let log = logging::init(&config.logging.filter, config.logging.format).map_err(|e| anyhow!(e))?;
     identity::install_provider();
     raise_file_limit();
     see_host_proc(&config.host_proc);
     let runtime = control_runtime()?;
-    let result = runtime.block_on(node(config, log));
+    let result = runtime.block_on(node(config, live, log));
     // Not dropped: that would wait for threads that are stuck.
     runtime.shutdown_timeout(Duration::from_secs(1));
     result
 }
 
-async fn node(config: config::Node, log: logging::LogLevel) -> anyhow::Result<()> {
+async fn node(config: config::Node, live: Live, log: logging::LogLevel) -> anyhow::Result<()> {
     let started = Instant::now();
     let mut signals = Signals::new().context("cannot wait for signals")?;
     // Whatever can fail on its own fails before the kernel is touched: ports, files, rights.
@@ -80,8 +86,7 @@ async fn node(config: config::Node, log: logging::LogLevel) -> anyhow::Result<()
             return Ok(());
         }
     };
-    let access_log = config.access_log.map_or_else(AccessLog::off, AccessLog::new);
-    let telemetry = Arc::new(Telemetry::new(access_log));
+    let telemetry = Arc::new(Telemetry::new(AccessLog::new(config.access_log)));
     let redirect = Arc::new(Redirect::start(&in_kernel)?);
     lock.for_life();
 
@@ -122,7 +127,10 @@ async fn node(config: config::Node, log: logging::LogLevel) -> anyhow::Result<()
         certificate_authority: authority_in_words(&config.ca),
         snapshot: sources.snapshot.clone(),
         problems: sources.problems.clone(),
-        certificates: Box::new(move || certificates.list()),
+        certificates: {
+            let certificates = certificates.clone();
+            Box::new(move || certificates.list())
+        },
         pods: Box::new(move || pods.load().to_vec()),
         connections: Box::new(proxy.lister()),
         kernel: {
@@ -130,7 +138,7 @@ async fn node(config: config::Node, log: logging::LogLevel) -> anyhow::Result<()
             Box::new(move || redirect.counters().unwrap_or_default())
         },
         readiness: readiness.clone(),
-        log,
+        log: log.clone(),
     });
     let facts = admin.clone();
     telemetry.metrics.watch_node(move || facts.node_facts());
@@ -138,6 +146,30 @@ async fn node(config: config::Node, log: logging::LogLevel) -> anyhow::Result<()
     tokio::spawn(serve_metrics(metrics_listener, telemetry.metrics.clone()));
     tokio::spawn(sweep(telemetry.clone(), sources.clone(), redirect.clone()));
     tokio::spawn(log_problems(sources.clone()));
+    let present = Arc::new(ArcSwap::from_pointee(config.clone()));
+    tokio::spawn(follow_probes(redirect.clone(), present.clone()));
+    if let Source::Kubernetes(kubernetes) = &config.source {
+        let (telemetry, settings_to) = (telemetry.clone(), sources.settings.clone());
+        let follower = Follower {
+            server: ApiServer::connect(kubernetes.kubeconfig.as_deref(), None).await?,
+            namespace: kubernetes.namespace.clone(),
+            live,
+            node: present.clone(),
+            apply: Box::new(move |node, problems| {
+                if log.get() != node.logging.filter
+                    && let Err(e) = log.set(&node.logging.filter)
+                {
+                    tracing::error!("{e}");
+                }
+                telemetry.access_log.set(node.access_log);
+                certificates.set_lifetime(node.cert_lifetime);
+                if let Some(to) = &settings_to {
+                    to.set(settings(node), problems);
+                }
+            }),
+        };
+        tokio::spawn(follower.run());
+    }
 
     tokio::select! {
         // A pod that cannot be taken in does not hold up the others: it stays closed, and is reported.
@@ -148,7 +180,7 @@ async fn node(config: config::Node, log: logging::LogLevel) -> anyhow::Result<()
     tracing::info!(node = config.node_name, after = ?started.elapsed(), "ready");
     let stop = signals.recv().await;
     tokio::select! {
-        done = stopped(stop.name(), enrolling, proxy, config.drain_timeout) => done,
+        done = stopped(stop.name(), enrolling, proxy, present.load().drain_timeout) => done,
         // The second signal.
         _ = signals.recv() => Ok(()),
     }
@@ -257,7 +289,12 @@ async fn cluster_controller(config: config::Controller, kubernetes: config::Kube
 }
 
 fn controller_settings(config: &config::Controller) -> Settings {
-    Settings { istio_labels: config.istio_labels, ..Settings::new(config.trust_domain.clone()) }
+    Settings {
+        cluster_domain: config.cluster_domain.as_str().into(),
+        root_namespace: config.root_namespace.as_str().into(),
+        istio_labels: config.istio_labels,
+        ..Settings::new(config.trust_domain.clone())
+    }
 }
 
 /// `mesh-agent controller token`: a join token for the node `node`, good for `ttl`.
@@ -445,6 +482,38 @@ async fn sweep(telemetry: Arc<Telemetry>, sources: Sources, redirect: Arc<Redire
         if let Err(e) = redirect.sweep() {
             tracing::warn!("cannot sweep the kernel's maps: {e}");
         }
+    }
+}
+
+/// Lets kubelet probe pods: its cgroup is another after each restart of it.
+async fn follow_probes(redirect: Arc<Redirect>, present: Arc<ArcSwap<config::Node>>) {
+    let config = present.load();
+    if config.probe_cgroup.is_none() && matches!(config.source, Source::Directory(_)) {
+        return;
+    }
+    let mut said = String::new();
+    let mut tick = tokio::time::interval(PROBES);
+    loop {
+        tick.tick().await;
+        let (redirect, config) = (redirect.clone(), present.load_full());
+        let done = tokio::task::spawn_blocking(move || {
+            let root = config.cgroup.as_deref().unwrap_or(Path::new("/sys/fs/cgroup"));
+            let found = config.probe_cgroup.clone().or_else(|| kubelet_cgroup(&config.host_proc, root));
+            if found.is_none() {
+                let proc = config.host_proc.display();
+                return Err(anyhow!("no kubelet with a cgroup of its own is found in {proc}; give --probe-cgroup"));
+            }
+            Ok(redirect.let_probe(found.as_deref())?)
+        });
+        let hindrance = match done.await {
+            Ok(Ok(())) => String::new(),
+            Ok(Err(e)) => e.to_string(),
+            Err(e) => e.to_string(),
+        };
+        if said != hindrance && !hindrance.is_empty() {
+            tracing::warn!("probes of pods that want mutual TLS are refused: {hindrance}");
+        }
+        said = hindrance;
     }
 }
 

@@ -14,7 +14,7 @@ use serde_json::Value;
 use super::of_source;
 use crate::api_server::{ApiError, ApiServer, Change, Kind, watch};
 use crate::model::{Problem, Severity};
-use crate::translate::Object;
+use crate::translate::{Object, Settings};
 
 /// A change is translated when nothing more was heard for this long: a Deployment's pods change together.
 const QUIET: Duration = Duration::from_millis(20);
@@ -36,8 +36,13 @@ const KINDS: &[Kind] = &[
     Kind::AUTHORIZATION_POLICY,
 ];
 
-/// What the watching tasks tell the discovery thread.
-pub(super) type Heard = (usize, Change);
+/// What the discovery thread is told.
+pub(super) enum Heard {
+    /// Something of the kind with this index.
+    Changed(usize, Change),
+    /// Other settings, and what is wrong with those that their source has now.
+    Settings(Box<Settings>, Vec<Problem>),
+}
 
 /// Starts to watch; what is heard goes to `heard` until its other end is gone.
 pub(super) fn listen(server: &ApiServer, heard: &mpsc::Sender<Heard>) {
@@ -46,7 +51,7 @@ pub(super) fn listen(server: &ApiServer, heard: &mpsc::Sender<Heard>) {
         let heard = heard.clone();
         tokio::spawn(async move {
             while let Some(change) = changes.next().await {
-                if heard.send((index, change)).is_err() {
+                if heard.send(Heard::Changed(index, change)).is_err() {
                     return;
                 }
             }
@@ -58,6 +63,7 @@ pub(super) fn listen(server: &ApiServer, heard: &mpsc::Sender<Heard>) {
 pub(super) struct Cluster {
     url: String,
     kinds: Vec<Listed>,
+    settings: Option<(Settings, Vec<Problem>)>,
 }
 
 #[derive(Default)]
@@ -72,7 +78,7 @@ struct Listed {
 
 impl Cluster {
     pub fn new(url: &str) -> Self {
-        Self { url: url.to_owned(), kinds: KINDS.iter().map(|_| Listed::default()).collect() }
+        Self { url: url.to_owned(), kinds: KINDS.iter().map(|_| Listed::default()).collect(), settings: None }
     }
 
     /// Waits for changes and takes them; says whether anything may have changed, or `None` at the end.
@@ -97,7 +103,22 @@ impl Cluster {
         }
     }
 
-    fn take(&mut self, (index, change): Heard) -> bool {
+    /// Settings that have come since the last call.
+    pub fn new_settings(&mut self) -> Option<(Settings, Vec<Problem>)> {
+        self.settings.take()
+    }
+
+    fn take(&mut self, heard: Heard) -> bool {
+        match heard {
+            Heard::Changed(index, change) => self.change(index, change),
+            Heard::Settings(settings, problems) => {
+                self.settings = Some((*settings, problems));
+                true
+            }
+        }
+    }
+
+    fn change(&mut self, index: usize, change: Change) -> bool {
         let listed = &mut self.kinds[index];
         if !matches!(change, Change::Failed(_)) {
             listed.failure = None;
@@ -262,8 +283,8 @@ mod tests {
     fn known() -> Cluster {
         let mut cluster = Cluster::new("https://api");
         for index in 0..KINDS.len() {
-            cluster.take((index, Change::Begin));
-            cluster.take((index, Change::Complete));
+            cluster.change(index, Change::Begin);
+            cluster.change(index, Change::Complete);
         }
         cluster
     }
@@ -272,12 +293,12 @@ mod tests {
     fn nothing_counts_before_every_kind_is_listed() {
         let mut cluster = Cluster::new("https://api");
         for index in 0..KINDS.len() - 1 {
-            cluster.take((index, Change::Begin));
-            cluster.take((index, Change::Complete));
+            cluster.change(index, Change::Begin);
+            cluster.change(index, Change::Complete);
             assert!(!cluster.is_known());
         }
         let missing = ApiError::NotFound { what: "watch".into(), why: "no such kind".into() };
-        cluster.take((KINDS.len() - 1, Change::Failed(missing)));
+        cluster.change(KINDS.len() - 1, Change::Failed(missing));
         assert!(cluster.is_known(), "a kind that is not installed has no objects");
         assert!(cluster.problems().is_empty());
     }
@@ -285,26 +306,26 @@ mod tests {
     #[test]
     fn a_list_counts_when_it_is_whole() {
         let mut cluster = known();
-        assert!(cluster.take((POD, Change::Applied(pod("a", "1")))));
-        cluster.take((POD, Change::Begin));
-        cluster.take((POD, Change::Listed(pod("b", "2"))));
+        assert!(cluster.change(POD, Change::Applied(pod("a", "1"))));
+        cluster.change(POD, Change::Begin);
+        cluster.change(POD, Change::Listed(pod("b", "2")));
         assert_eq!(cluster.objects()[0].reference().name, "a");
-        cluster.take((POD, Change::Complete));
+        cluster.change(POD, Change::Complete);
         let names: Vec<_> = cluster.objects().iter().map(|o| o.reference().name.clone()).collect();
         assert_eq!(names, ["b"]);
-        cluster.take((POD, Change::Deleted(pod("b", "3"))));
+        cluster.change(POD, Change::Deleted(pod("b", "3")));
         assert!(cluster.objects().is_empty());
     }
 
     #[test]
     fn what_is_listed_again_unchanged_stays_the_same_object() {
         let mut cluster = known();
-        cluster.take((POD, Change::Applied(pod("a", "1"))));
+        cluster.change(POD, Change::Applied(pod("a", "1")));
         let before = cluster.objects();
         for (version, same) in [("1", true), ("2", false)] {
-            cluster.take((POD, Change::Begin));
-            cluster.take((POD, Change::Listed(pod("a", version))));
-            cluster.take((POD, Change::Complete));
+            cluster.change(POD, Change::Begin);
+            cluster.change(POD, Change::Listed(pod("a", version)));
+            cluster.change(POD, Change::Complete);
             assert_eq!(cluster.objects()[0].is_same(&before[0]), same);
         }
     }
@@ -312,17 +333,17 @@ mod tests {
     #[test]
     fn an_api_server_that_is_away_changes_nothing_and_is_said_once() {
         let mut cluster = known();
-        cluster.take((POD, Change::Applied(pod("a", "1"))));
+        cluster.change(POD, Change::Applied(pod("a", "1")));
         for index in 0..KINDS.len() {
             let away = ApiError::Unreachable { url: "https://api".into(), why: "connection refused".into() };
-            cluster.take((index, Change::Failed(away)));
+            cluster.change(index, Change::Failed(away));
         }
         assert_eq!(cluster.objects().len(), 1);
         let problems = cluster.problems();
         assert_eq!(problems.len(), 1, "{problems:?}");
         assert!(problems[0].message.ends_with("runs on with what it knows, and catches up by itself"));
         for index in 0..KINDS.len() {
-            cluster.take((index, Change::Begin));
+            cluster.change(index, Change::Begin);
         }
         assert!(cluster.problems().is_empty());
     }

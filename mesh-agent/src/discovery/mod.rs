@@ -47,6 +47,8 @@ pub struct Sources {
     /// The generation of the snapshot; it counts up only when the meaning changed.
     pub changed: watch::Receiver<u64>,
     pub problems: watch::Receiver<Arc<Vec<Problem>>>,
+    /// Takes other settings; `None` where they stay as they are until the end.
+    pub settings: Option<SettingsTo>,
     _watching: Arc<Watching>,
 }
 
@@ -77,13 +79,14 @@ pub fn start(options: Options) -> Result<Sources, DiscoveryError> {
     take(files.scan());
     // Ends of this channel: the watcher, and `Watching`, which stops the thread.
     let (wake, woken) = mpsc::channel();
-    let watching = Arc::new(Watching::Directory { wake: wake.clone() });
-    std::thread::Builder::new()
+    let to_thread = wake.clone();
+    let thread = std::thread::Builder::new()
         .name("discovery".into())
-        .spawn(move || file::watch(files, &wake, &woken, rescan, take))
+        .spawn(move || file::watch(files, &to_thread, &woken, rescan, take))
         .map_err(|source| DiscoveryError::Thread { directory, source })?;
+    let watching = Arc::new(Watching::Directory { wake, thread: Some(thread) });
     let store::Published { snapshot, changed, problems } = published;
-    Ok(Sources { snapshot, changed, problems, _watching: watching })
+    Ok(Sources { snapshot, changed, problems, settings: None, _watching: watching })
 }
 
 /// Lists and watches what the mesh needs of a cluster. When this returns, the snapshot is what the API server said; it waits
@@ -93,6 +96,7 @@ pub async fn start_kubernetes(server: &ApiServer, settings: Settings) -> Result<
     let (tell, heard) = mpsc::channel();
     let (ended, watching) = mpsc::channel();
     kubernetes::listen(server, &tell);
+    let settings_to = SettingsTo(tell);
     let mut cluster = kubernetes::Cluster::new(server.url());
     let url = server.url().to_owned();
     std::thread::Builder::new()
@@ -104,6 +108,9 @@ pub async fn start_kubernetes(server: &ApiServer, settings: Settings) -> Result<
                 }
                 if !changed {
                     continue;
+                }
+                if let Some((settings, problems)) = cluster.new_settings() {
+                    store.set(settings, problems);
                 }
                 match cluster.is_known() {
                     true => store.take(&cluster.objects(), cluster.problems()),
@@ -126,7 +133,20 @@ pub async fn start_kubernetes(server: &ApiServer, settings: Settings) -> Result<
             }
         }
     }
-    Ok(Sources { snapshot, changed, problems, _watching: Arc::new(Watching::Cluster { _ended: ended }) })
+    let watching = Arc::new(Watching::Cluster { _ended: ended });
+    Ok(Sources { snapshot, changed, problems, settings: Some(settings_to), _watching: watching })
+}
+
+/// The way of new settings to the discovery thread.
+#[derive(Clone)]
+pub struct SettingsTo(mpsc::Sender<kubernetes::Heard>);
+
+impl SettingsTo {
+    /// Everything is translated anew with them. `problems`: what is wrong with the settings as their source has them now.
+    pub fn set(&self, settings: Settings, problems: Vec<Problem>) {
+        // The thread ends with the process.
+        let _ = self.0.send(kubernetes::Heard::Settings(Box::new(settings), problems));
+    }
 }
 
 fn of_source(file: String, severity: Severity, message: String) -> Problem {
@@ -152,6 +172,7 @@ fn take(store: &mut Store, scan: &Scan) {
 enum Watching {
     Directory {
         wake: mpsc::Sender<file::Wake>,
+        thread: Option<std::thread::JoinHandle<()>>,
     },
     /// The thread looks whether this end is still there.
     Cluster {
@@ -161,9 +182,11 @@ enum Watching {
 
 impl Drop for Watching {
     fn drop(&mut self) {
-        if let Self::Directory { wake } = self {
+        if let Self::Directory { wake, thread } = self {
             // The thread may have ended already; then there is nothing to stop.
             let _ = wake.send(file::Wake::Stop);
+            // What it may still write must not come after what the next one writes.
+            let _ = thread.take().map(std::thread::JoinHandle::join);
         }
     }
 }

@@ -10,6 +10,8 @@ use crate::translate::{Memory, Object, Settings, Translation, translate};
 
 pub(super) struct Store {
     settings: Settings,
+    /// What is wrong with the settings as their source has them now.
+    of_settings: Vec<Problem>,
     memory: Memory,
     snapshot: Arc<ArcSwap<Snapshot>>,
     changed: watch::Sender<u64>,
@@ -32,12 +34,17 @@ impl Store {
         let (problems, problems_rx) = watch::channel(Arc::default());
         let published = Published { snapshot: snapshot.clone(), changed: changed_rx, problems: problems_rx };
         let memory = translate(&settings, good, &Memory::default()).memory;
-        (Self { settings, memory, snapshot, changed, problems }, published)
+        (Self { settings, of_settings: Vec::new(), memory, snapshot, changed, problems }, published)
     }
 
     /// The last good version of every object.
     pub fn good(&self) -> impl Iterator<Item = &Object> {
         self.memory.good()
+    }
+
+    /// From the next `take` on everything is translated with these; `problems` are of their source.
+    pub fn set(&mut self, settings: Settings, problems: Vec<Problem>) {
+        (self.settings, self.of_settings) = (settings, problems);
     }
 
     /// The objects are not known yet: only what hinders it is told.
@@ -50,6 +57,7 @@ impl Store {
         let Translation { parts, mut problems, memory } = translate(&self.settings, objects, &self.memory);
         self.memory = memory;
         problems.extend(of_source);
+        problems.extend(self.of_settings.iter().cloned());
         problems.sort();
         problems.dedup();
         let before = self.snapshot.load();

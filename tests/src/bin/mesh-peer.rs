@@ -2,7 +2,7 @@
 //! of descriptors, its own cgroup. Results are one JSON object a line on standard output.
 
 use std::io::{Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::process::ExitCode;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -27,7 +27,7 @@ enum Job {
     Hold { count: usize, to: Vec<SocketAddr> },
     /// One connection, kept: a line every `every-ms`, each echoed; then connects again. A line of JSON for each answer.
     Chat {
-        to: SocketAddr,
+        to: String,
         #[arg(long, default_value_t = 100)]
         every_ms: u64,
         #[arg(long, default_value = "hello from an unchanged program")]
@@ -35,7 +35,7 @@ enum Job {
     },
     /// A new connection for each message, as a client that knows nothing of meshes does.
     Call {
-        to: SocketAddr,
+        to: String,
         #[arg(long, default_value_t = 1)]
         times: usize,
         #[arg(long, default_value_t = 0)]
@@ -44,7 +44,7 @@ enum Job {
         text: String,
     },
     /// Connect, once, and say how it went.
-    Probe { to: SocketAddr },
+    Probe { to: String },
 }
 
 fn main() -> ExitCode {
@@ -57,9 +57,9 @@ fn main() -> ExitCode {
         }),
         Job::Keep { listen } => keep(listen),
         Job::Hold { count, to } => hold(count, &to),
-        Job::Chat { to, every_ms, text } => chat(to, Duration::from_millis(every_ms), &text),
-        Job::Call { to, times, every_ms, text } => call(to, times, Duration::from_millis(every_ms), &text),
-        Job::Probe { to } => probe(to),
+        Job::Chat { to, every_ms, text } => chat(&to, Duration::from_millis(every_ms), &text),
+        Job::Call { to, times, every_ms, text } => call(&to, times, Duration::from_millis(every_ms), &text),
+        Job::Probe { to } => probe(&to),
     }
 }
 
@@ -129,14 +129,26 @@ fn talk(stream: &mut TcpStream, text: &str) -> std::io::Result<()> {
     if back == text.as_bytes() { Ok(()) } else { Err(std::io::Error::other("other bytes came back")) }
 }
 
-fn open(to: SocketAddr) -> std::io::Result<TcpStream> {
+/// `to` is an address or a name, with a port; a name is looked up each time, as most programs do.
+fn open(to: &str) -> std::io::Result<TcpStream> {
+    let mut failed = std::io::Error::other("the name has no address");
+    for address in to.to_socket_addrs()? {
+        match connect(address) {
+            Ok(stream) => return Ok(stream),
+            Err(e) => failed = e,
+        }
+    }
+    Err(failed)
+}
+
+fn connect(to: SocketAddr) -> std::io::Result<TcpStream> {
     let stream = TcpStream::connect_timeout(&to, Duration::from_secs(5))?;
     stream.set_read_timeout(Some(Duration::from_secs(5)))?;
     stream.set_nodelay(true)?;
     Ok(stream)
 }
 
-fn chat(to: SocketAddr, every: Duration, text: &str) -> ExitCode {
+fn chat(to: &str, every: Duration, text: &str) -> ExitCode {
     let mut connection = 0;
     loop {
         connection += 1;
@@ -155,7 +167,7 @@ fn chat(to: SocketAddr, every: Duration, text: &str) -> ExitCode {
     }
 }
 
-fn call(to: SocketAddr, times: usize, every: Duration, text: &str) -> ExitCode {
+fn call(to: &str, times: usize, every: Duration, text: &str) -> ExitCode {
     let mut failed = 0;
     for number in 1..=times {
         let start = Instant::now();
@@ -171,7 +183,7 @@ fn call(to: SocketAddr, times: usize, every: Duration, text: &str) -> ExitCode {
     if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-fn probe(to: SocketAddr) -> ExitCode {
+fn probe(to: &str) -> ExitCode {
     match open(to) {
         Ok(stream) => {
             let local = stream.local_addr().map(|a| a.to_string()).unwrap_or_default();

@@ -21,7 +21,7 @@ fn wish(line: &str, variables: &[(&str, &str)]) -> anyhow::Result<Wish> {
 
 fn node(line: &str, variables: &[(&str, &str)]) -> Node {
     match wish(&format!("node --config-dir / {line}"), variables).unwrap() {
-        Wish::Node(node) => *node,
+        Wish::Node(node, _) => *node,
         other => panic!("{other:?}"),
     }
 }
