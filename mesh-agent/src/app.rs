@@ -289,7 +289,12 @@ async fn cluster_controller(config: config::Controller, kubernetes: config::Kube
 }
 
 fn controller_settings(config: &config::Controller) -> Settings {
-    Settings { istio_labels: config.istio_labels, ..Settings::new(config.trust_domain.clone()) }
+    Settings {
+        cluster_domain: config.cluster_domain.as_str().into(),
+        root_namespace: config.root_namespace.as_str().into(),
+        istio_labels: config.istio_labels,
+        ..Settings::new(config.trust_domain.clone())
+    }
 }
 
 /// `mesh-agent controller token`: a join token for the node `node`, good for `ttl`.

@@ -100,6 +100,8 @@ pub struct Controller {
     pub sans: Vec<String>,
     pub cert_lifetime: Duration,
     pub trust_domain: TrustDomain,
+    pub cluster_domain: String,
+    pub root_namespace: String,
     pub istio_labels: bool,
     pub logging: Logging,
 }
@@ -243,6 +245,8 @@ impl Controller {
             },
             cert_lifetime: w.cert_lifetime()?,
             trust_domain: w.trust_domain()?,
+            cluster_domain: w.cluster_domain()?,
+            root_namespace: w.root_namespace()?,
             istio_labels: w.istio_labels()?,
             logging: w.logging()?,
         })

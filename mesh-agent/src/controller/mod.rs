@@ -97,6 +97,8 @@ pub async fn run(inputs: Inputs, stop: impl Future<Output = ()>) -> Result<(), C
         });
         scheduled.known().await;
         names.extend(service_names(&namespace));
+        names.sort();
+        names.dedup();
         drop(starting);
         tracing::info!(listen = ?ca_listener.local_addr().ok(), trust_domain = %ca.trust_domain(), "the CA is ready");
         let options = CaServerOptions {
