@@ -5,6 +5,7 @@
 //! nothing about where it came from. `last_good` is what was known of a directory when the process before ended.
 
 mod file;
+mod hints;
 mod kubernetes;
 mod last_good;
 mod store;
@@ -17,9 +18,10 @@ use arc_swap::ArcSwap;
 use tokio::sync::watch;
 
 use crate::api_server::ApiServer;
-use crate::model::{ObjectRef, Problem, Severity, Snapshot};
+use crate::model::{NodePods, ObjectRef, Problem, Severity, Snapshot};
 use crate::translate::Settings;
 use file::{Directory, Scan};
+pub use hints::Hints;
 use last_good::LastGood;
 use store::Store;
 
@@ -47,6 +49,10 @@ pub struct Sources {
     /// The generation of the snapshot; it counts up only when the meaning changed.
     pub changed: watch::Receiver<u64>,
     pub problems: watch::Receiver<Arc<Vec<Problem>>>,
+    /// The pods of this node; told before a snapshot of the same objects.
+    pub node_pods: watch::Receiver<Arc<NodePods>>,
+    /// For what is known of a pod before the source knows it.
+    pub hints: Hints,
     _watching: Arc<Watching>,
 }
 
@@ -82,8 +88,8 @@ pub fn start(options: Options) -> Result<Sources, DiscoveryError> {
         .name("discovery".into())
         .spawn(move || file::watch(files, &wake, &woken, rescan, take))
         .map_err(|source| DiscoveryError::Thread { directory, source })?;
-    let store::Published { snapshot, changed, problems } = published;
-    Ok(Sources { snapshot, changed, problems, _watching: watching })
+    let store::Published { snapshot, changed, problems, node_pods } = published;
+    Ok(Sources { snapshot, changed, problems, node_pods, hints: Hints::default(), _watching: watching })
 }
 
 /// Lists and watches what the mesh needs of a cluster. When this returns, the snapshot is what the API server said; it waits
@@ -112,7 +118,8 @@ pub async fn start_kubernetes(server: &ApiServer, settings: Settings) -> Result<
             }
         })
         .map_err(|source| DiscoveryError::Thread { directory: url.into(), source })?;
-    let store::Published { snapshot, mut changed, mut problems } = published;
+    let hints = Hints::new(tell);
+    let store::Published { snapshot, mut changed, mut problems, node_pods } = published;
     let mut said = Arc::default();
     while *changed.borrow_and_update() == 0 {
         tokio::select! {
@@ -126,7 +133,14 @@ pub async fn start_kubernetes(server: &ApiServer, settings: Settings) -> Result<
             }
         }
     }
-    Ok(Sources { snapshot, changed, problems, _watching: Arc::new(Watching::Cluster { _ended: ended }) })
+    Ok(Sources {
+        snapshot,
+        changed,
+        problems,
+        node_pods,
+        hints,
+        _watching: Arc::new(Watching::Cluster { _ended: ended }),
+    })
 }
 
 fn of_source(file: String, severity: Severity, message: String) -> Problem {
