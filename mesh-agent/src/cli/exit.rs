@@ -120,6 +120,7 @@ fn of_redirect(error: &RedirectError) -> Option<Exit> {
         | RedirectError::Pin { source, .. } => of_io(source.kind()).or(Some(Exit::Unavailable)),
         // The machine is not what it has to be; another kernel or another owner would mend it.
         RedirectError::Running { .. }
+        | RedirectError::NotTheLock { .. }
         | RedirectError::NotTheRoot { .. }
         | RedirectError::NoCgroup2
         | RedirectError::Load { .. }
