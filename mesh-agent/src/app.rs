@@ -3,17 +3,20 @@
 //! Threads: the *control* runtime (two threads: discovery's results, enrolment, certificates, admin, metrics) and one
 //! thread a worker for the data path. Control never stands in the way of a byte.
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, anyhow};
+use tokio::task::AbortHandle;
 
-use crate::admin::{AdminSocket, AdminState, bind, serve_admin, serve_metrics, serve_readiness};
+use crate::admin::{AdminState, serve_admin, serve_metrics};
 use crate::api_server::{ApiServer, Kind};
 use crate::config::{self, CertificateAuthority, Source, Token};
 use crate::discovery::{self, Sources};
 use crate::enrollment::{Enrollment, Inputs as EnrollmentInputs, Places, Processes, see_host_proc};
+use crate::handover::{self, Given, Giver, Own, Taken};
 use crate::identity::{
     self, CA_ROOT, CA_ROOT_KEY, Ca, CaClient, CaClientOptions, CaError, CaOptions, CaServerOptions, CertificateOptions,
     Certificates, Clock, Credential, JoinTokens, trusted_roots,
@@ -53,14 +56,8 @@ pub fn run_node(config: config::Node) -> anyhow::Result<()> {
 async fn node(config: config::Node, log: logging::LogLevel) -> anyhow::Result<()> {
     let started = Instant::now();
     let mut signals = Signals::new().context("cannot wait for signals")?;
-    // Whatever can fail on its own fails before the kernel is touched: ports, files, rights.
-    let metrics_listener = bind(config.metrics_address, "metrics", "--metrics-address")?;
-    let readiness_listener = bind(config.readiness_address, "readiness", "--readiness-address")?;
-    let admin_socket = AdminSocket::bind(&config.admin_socket)?;
     let readiness = Readiness::default();
     let starting = readiness.block("the programs in the kernel and the pods of this node");
-    tokio::spawn(serve_readiness(readiness_listener, readiness.clone()));
-
     let in_kernel = Options {
         bpffs: config.bpffs.clone(),
         node: config.node_name.clone(),
@@ -69,7 +66,17 @@ async fn node(config: config::Node, log: logging::LogLevel) -> anyhow::Result<()
         kernel_log: config.kernel_log,
         original_dst_entries: config.orig_dst_entries,
     };
-    let lock = Redirect::lock(&in_kernel)?;
+    let handover_socket = handover::socket_path(&config.admin_socket);
+    let predecessor = match config.take_over {
+        true => handover::find(&handover_socket, &config.node_name).await?,
+        false => None,
+    };
+    let own = match predecessor {
+        None => Some(Own::bind(&config, &in_kernel)?),
+        Some(_) => None,
+    };
+    let mut serving: Vec<AbortHandle> =
+        own.iter().map(|own| own.serve_readiness(&readiness)).collect::<io::Result<_>>()?;
     let last_good = Some(config.state_dir.join("last-good-node.json"));
     let (sources, certificates) = tokio::select! {
         started = async { anyhow::Ok((sources(&config, last_good).await?, certificates(&config).await?)) } => started?,
@@ -81,7 +88,26 @@ async fn node(config: config::Node, log: logging::LogLevel) -> anyhow::Result<()
     };
     let access_log = config.access_log.map_or_else(AccessLog::off, AccessLog::new);
     let telemetry = Arc::new(Telemetry::new(access_log));
-    let redirect = Arc::new(Redirect::start(&in_kernel)?);
+    let prepared = Redirect::prepare(&in_kernel)?;
+    let (own, taken) = match (own, predecessor) {
+        (Some(own), _) => (own, Taken::default()),
+        (None, None) => unreachable!("with no agent before it has all of its own"),
+        (None, Some(predecessor)) => {
+            let snapshot = sources.snapshot.load_full();
+            let taken = tokio::select! {
+                taken = predecessor.take(&config, &in_kernel, &snapshot, &certificates) => taken?,
+                stop = signals.recv() => {
+                    tracing::info!(signal = stop.name(), "stopped before it had taken over");
+                    return Ok(());
+                }
+            };
+            serving.push(taken.0.serve_readiness(&readiness)?);
+            taken
+        }
+    };
+    let redirect = Arc::new(prepared.begin()?);
+    let (sockets, admin_file) = own.to_hand_over(&config).context("cannot keep the agent's sockets")?;
+    let Own { lock, metrics: metrics_listener, readiness: _, admin: admin_socket } = own;
     lock.for_life();
 
     let name: Arc<str> = config.node_name.as_str().into();
@@ -98,7 +124,7 @@ async fn node(config: config::Node, log: logging::LogLevel) -> anyhow::Result<()
         let proxy = proxy.clone();
         Box::new(move |event| proxy.pod_event(event))
     };
-    let enrollment = Enrollment::new(EnrollmentInputs {
+    let mut enrollment = Enrollment::new(EnrollmentInputs {
         node: name,
         snapshot: sources.snapshot.clone(),
         changed: sources.changed.clone(),
@@ -113,6 +139,8 @@ async fn node(config: config::Node, log: logging::LogLevel) -> anyhow::Result<()
     });
     let pods = enrollment.statuses();
     let settled = enrollment.settled();
+    let orders = enrollment.orders();
+    enrollment.adopt(taken.pods);
     let enrolling = tokio::spawn(enrollment.run());
 
     let admin = Arc::new(AdminState {
@@ -133,8 +161,8 @@ async fn node(config: config::Node, log: logging::LogLevel) -> anyhow::Result<()
     });
     let facts = admin.clone();
     telemetry.metrics.watch_node(move || facts.node_facts());
-    tokio::spawn(serve_admin(admin_socket, admin));
-    tokio::spawn(serve_metrics(metrics_listener, telemetry.metrics.clone()));
+    serving.push(tokio::spawn(serve_admin(admin_socket, admin)).abort_handle());
+    serving.push(tokio::spawn(serve_metrics(metrics_listener, telemetry.metrics.clone())).abort_handle());
     tokio::spawn(sweep(telemetry.clone(), sources.clone(), redirect.clone()));
     tokio::spawn(log_problems(sources.clone()));
 
@@ -145,23 +173,74 @@ async fn node(config: config::Node, log: logging::LogLevel) -> anyhow::Result<()
     }
     drop(starting);
     tracing::info!(node = config.node_name, after = ?started.elapsed(), "ready");
-    let stop = signals.recv().await;
-    tokio::select! {
-        done = stopped(stop.name(), enrolling, proxy, config.drain_timeout) => done,
-        // The second signal.
-        _ = signals.recv() => Ok(()),
+    let giver = Giver {
+        node: config.node_name,
+        orders,
+        proxy: proxy.clone(),
+        redirect,
+        sockets,
+        serving,
+        files: vec![admin_file],
+    };
+    let mut successor = handover::serve(&handover_socket, giver).context("cannot wait for a next agent")?;
+    let (why, given) = tokio::select! {
+        given = successor.given() => ("another agent", Some(given)),
+        stop = signals.recv() => match successor.is_preparing() {
+            false => (stop.name(), None),
+            true => {
+                tracing::info!(signal = stop.name(), "an agent prepares to take over, and is waited for");
+                let given = tokio::select! {
+                    given = tokio::time::timeout(config.drain_timeout, successor.prepared()) => given.ok().flatten(),
+                    _ = signals.recv() => None,
+                };
+                (stop.name(), given)
+            }
+        },
+    };
+    match given {
+        Some(Given::Handed { pid, version, connections }) => {
+            tracing::info!("handed over to agent PID {pid} ({version}); {connections} connections drain");
+            drained(&mut signals, enrolling, proxy, config.drain_timeout).await;
+            Ok(())
+        }
+        Some(Given::Leave { .. }) | None => tokio::select! {
+            done = stopped(why, enrolling, proxy, config.drain_timeout) => done,
+            // The second signal.
+            _ = signals.recv() => Ok(()),
+        },
     }
+}
+
+/// Another agent serves the pods; what is open here ends in its own time. Policy still cuts what it no longer allows.
+async fn drained(signals: &mut Signals, enrolling: tokio::task::JoinHandle<()>, proxy: Arc<Proxy>, patience: Duration) {
+    let end = proxy.end(patience);
+    tokio::pin!(end);
+    let mut asked = false;
+    loop {
+        tokio::select! {
+            () = &mut end => break,
+            stop = signals.recv() => {
+                if asked {
+                    break;
+                }
+                asked = true;
+                tracing::info!(signal = stop.name(), "open connections drain already; a second signal cuts them");
+            }
+        }
+    }
+    enrolling.abort();
+    tracing::info!("the last connection has ended");
 }
 
 /// Stops accepting and lets connections end. Pods stay enrolled in the kernel: until the next agent comes, what they open
 /// is refused, and nothing passes in plaintext.
 async fn stopped(
-    signal: &str,
+    why: &str,
     enrolling: tokio::task::JoinHandle<()>,
     proxy: Arc<Proxy>,
     patience: Duration,
 ) -> anyhow::Result<()> {
-    tracing::info!(signal, ?patience, "draining");
+    tracing::info!(why, ?patience, "draining");
     enrolling.abort();
     // Its clone of the proxy, inside `events`, goes with it.
     let _ = enrolling.await;

@@ -11,6 +11,7 @@ pub mod translate;
 
 // Who is in the mesh.
 pub mod enrollment;
+pub mod handover;
 pub mod redirect;
 
 // The data path.

@@ -8,6 +8,7 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use crate::admin::AdminError;
 use crate::config::ConfigError;
 use crate::discovery::DiscoveryError;
+use crate::handover::{OwnError, TakeError};
 use crate::identity::{CaError, TokenError};
 use crate::redirect::RedirectError;
 
@@ -80,6 +81,15 @@ fn of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<Exit> {
     }
     if let Some(error) = cause.downcast_ref::<RedirectError>() {
         return of_redirect(error);
+    }
+    if cause.is::<TakeError>() {
+        return Some(Exit::Unavailable);
+    }
+    match cause.downcast_ref::<OwnError>() {
+        Some(OwnError::Redirect(error)) => return of_redirect(error),
+        Some(OwnError::Admin(error)) => return of_io(error.kind()),
+        Some(OwnError::Socket(error)) => return of_io(error.kind()),
+        None => {}
     }
     if let Some(error) = cause.downcast_ref::<CaError>() {
         return match error {

@@ -74,7 +74,8 @@ impl Pins {
     pub fn take_lock(&self, folder: File) -> Result<Option<File>, RedirectError> {
         let failed = |source| RedirectError::Pin { path: self.node.clone(), source };
         let handed = folder.metadata().map_err(failed)?;
-        let is_ours = fs::metadata(&self.node).is_ok_and(|there| (there.dev(), there.ino()) == (handed.dev(), handed.ino()));
+        let is_ours =
+            fs::metadata(&self.node).is_ok_and(|there| (there.dev(), there.ino()) == (handed.dev(), handed.ino()));
         if !is_ours {
             return Ok(None);
         }
