@@ -29,6 +29,8 @@ pub struct Node {
     /// Never 0.
     pub workers: usize,
     pub drain_timeout: Duration,
+    /// From an agent that runs; else it is an error that there is one.
+    pub take_over: bool,
     pub ca: CertificateAuthority,
     pub cert_lifetime: Duration,
     pub trust_domain: TrustDomain,
@@ -185,6 +187,7 @@ impl Node {
                 n => usize::try_from(n).expect("a u32 fits"),
             },
             drain_timeout: w.or("drain-timeout", "5s", |t| value::duration_between(t, Duration::ZERO, MAX_DRAIN))?,
+            take_over: w.or("take-over", "false", value::boolean)?,
             ca: w.certificate_authority()?,
             cert_lifetime: w.cert_lifetime()?,
             trust_domain: w.trust_domain()?,
@@ -221,6 +224,12 @@ impl Node {
             return Err(ConfigError(format!(
                 "{one} and {other} are both {}; give each a port of its own",
                 node.metrics_address
+            )));
+        }
+        if node.take_over && node.ca == CertificateAuthority::Embedded {
+            let (one, other) = (written.place("take-over"), written.place("embedded-ca"));
+            return Err(ConfigError(format!(
+                "{one} and {other} exclude each other: one CA has one process; give --ca-address of a controller"
             )));
         }
         Ok(node)
