@@ -4,6 +4,7 @@
 //! thread a worker for the data path. Control never stands in the way of a byte.
 
 mod live;
+mod starting;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -104,6 +105,10 @@ async fn node(config: config::Node, live: Live, log: logging::LogLevel) -> anyho
         let proxy = proxy.clone();
         Box::new(move |event| proxy.pod_event(event))
     };
+    let places = Arc::new(match &config.source {
+        Source::Directory(_) => Places::Manifests,
+        Source::Kubernetes(_) => Places::Processes(Processes::new(&config.host_proc)),
+    });
     let enrollment = Enrollment::new(EnrollmentInputs {
         node: name,
         snapshot: sources.snapshot.clone(),
@@ -111,15 +116,13 @@ async fn node(config: config::Node, live: Live, log: logging::LogLevel) -> anyho
         problems: sources.problems.clone(),
         redirect: redirect.clone(),
         certificates: certificates.clone(),
-        places: Arc::new(match &config.source {
-            Source::Directory(_) => Places::Manifests,
-            Source::Kubernetes(_) => Places::Processes(Processes::new(&config.host_proc)),
-        }),
+        places: places.clone(),
         events,
     });
     let pods = enrollment.statuses();
     let settled = enrollment.settled();
     let enrolling = tokio::spawn(enrollment.run());
+    starting::serve_starting_pods(&config, &sources, places, pods.clone(), &readiness).await?;
 
     let admin = Arc::new(AdminState {
         node: config.node_name.clone(),
@@ -131,7 +134,7 @@ async fn node(config: config::Node, live: Live, log: logging::LogLevel) -> anyho
             let certificates = certificates.clone();
             Box::new(move || certificates.list())
         },
-        pods: Box::new(move || pods.load().to_vec()),
+        pods: Box::new(move || pods.borrow().to_vec()),
         connections: Box::new(proxy.lister()),
         kernel: {
             let redirect = redirect.clone();
@@ -372,6 +375,7 @@ fn settings(config: &config::Node) -> Settings {
         root_namespace: config.root_namespace.as_str().into(),
         istio_labels: config.istio_labels,
         outbound: config.outbound_policy,
+        node: Some(config.node_name.as_str().into()),
         standalone_node: standalone.then(|| config.node_name.as_str().into()),
         endpoints_from_pods: standalone,
         ..Settings::new(config.trust_domain.clone())

@@ -24,6 +24,8 @@ pub struct Node {
     pub source: Source,
     pub state_dir: PathBuf,
     pub admin_socket: PathBuf,
+    /// `None`: no CNI plugin, and pods that start do not wait.
+    pub cni: Option<Cni>,
     /// Never 0.
     pub workers: usize,
     pub drain_timeout: Duration,
@@ -47,6 +49,16 @@ pub struct Node {
     /// `None` is off.
     pub access_log: Option<LogFormat>,
     pub logging: Logging,
+}
+
+/// The CNI plugin on the node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Cni {
+    /// The node's /etc/cni/net.d.
+    pub conf_dir: PathBuf,
+    /// The node's /opt/cni/bin.
+    pub bin_dir: PathBuf,
+    pub socket: PathBuf,
 }
 
 /// Who signs this node's certificates.
@@ -113,6 +125,8 @@ pub struct Cleanup {
     pub bpffs: PathBuf,
     pub cgroup: Option<PathBuf>,
     pub admin_socket: PathBuf,
+    pub state_dir: PathBuf,
+    pub cni: Option<Cni>,
     pub logging: Logging,
 }
 
@@ -165,6 +179,7 @@ impl Node {
             source: w.source()?,
             state_dir: w.path("state-dir", "/var/lib/nodemesh")?,
             admin_socket: w.admin_socket()?,
+            cni: w.cni()?,
             workers: match w.or("workers", "0", |t| value::number(t, 0, MAX_WORKERS))? {
                 0 => machine.cores.max(1),
                 n => usize::try_from(n).expect("a u32 fits"),
@@ -261,6 +276,8 @@ impl Cleanup {
             bpffs: w.path("bpffs", "/sys/fs/bpf")?,
             cgroup: w.optional_directory("cgroup")?,
             admin_socket: w.admin_socket()?,
+            state_dir: w.path("state-dir", "/var/lib/nodemesh")?,
+            cni: w.cni()?,
             logging: w.logging()?,
         })
     }
@@ -342,12 +359,33 @@ impl Reader<'_> {
     }
 
     fn admin_socket(&self) -> Result<PathBuf, ConfigError> {
-        let path = self.path("admin-socket", "/run/nodemesh/admin.sock")?;
+        self.socket("admin-socket", "/run/nodemesh/admin.sock")
+    }
+
+    fn cni(&self) -> Result<Option<Cni>, ConfigError> {
+        let socket = self.socket("cni-socket", "/run/nodemesh/cni.sock")?;
+        let (conf_dir, bin_dir) = (self.optional_directory("cni-conf-dir")?, self.optional_directory("cni-bin-dir")?);
+        match (conf_dir, bin_dir) {
+            (None, None) => Ok(None),
+            (Some(conf_dir), Some(bin_dir)) => Ok(Some(Cni { conf_dir, bin_dir, socket })),
+            (Some(_), None) => Err(ConfigError(format!(
+                "{} needs --cni-bin-dir: the node's folder of CNI plugins, such as /opt/cni/bin",
+                self.0.place("cni-conf-dir")
+            ))),
+            (None, Some(_)) => Err(ConfigError(format!(
+                "{} needs --cni-conf-dir: the node's folder of CNI configurations, such as /etc/cni/net.d",
+                self.0.place("cni-bin-dir")
+            ))),
+        }
+    }
+
+    fn socket(&self, name: &'static str, default: &str) -> Result<PathBuf, ConfigError> {
+        let path = self.path(name, default)?;
         let length = path.as_os_str().len();
         if length > MAX_SOCKET_PATH {
             let problem =
                 format!("{length} bytes are too long for a Unix socket; use a path of up to {MAX_SOCKET_PATH}");
-            return Err(self.error("admin-socket", &problem));
+            return Err(self.error(name, &problem));
         }
         Ok(path)
     }

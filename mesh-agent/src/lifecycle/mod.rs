@@ -4,6 +4,8 @@
 pub mod files;
 mod readiness;
 mod signal;
+mod socket;
 
 pub use readiness::{BlockReady, Readiness};
 pub use signal::{Signals, Stop};
+pub use socket::PrivateSocket;

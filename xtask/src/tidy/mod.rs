@@ -17,7 +17,7 @@ const LONGEST: usize = 500;
 const HOMES: &[(&[&str], &[&str], &str)] = &[
     (&["aya::", "aya_log::"], &["redirect/"], "only redirect speaks to the kernel"),
     (&["kube::", "k8s_openapi::"], &["api_server/", "translate/"], "foreign objects end at translate"),
-    (&["notify::"], &["discovery/"], "only discovery watches files"),
+    (&["notify::"], &["discovery/", "cni/install.rs"], "two places watch files"),
     (
         &["rustls::", "tokio_rustls::", "rcgen::", "x509_parser::", "aws_lc_rs::"],
         // The composition root names the process's cryptography once.
