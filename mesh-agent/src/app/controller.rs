@@ -78,6 +78,8 @@ async fn cluster_controller(config: config::Controller, kubernetes: config::Kube
     let readiness_listener = bind(config.readiness_address, "readiness", "--readiness-address")?;
     let metrics_listener = bind(config.metrics_address, "metrics", "--metrics-address")?;
     let ca_listener = identity::bind(config.listen).await?;
+    let webhook_listener = bind(config.webhook_address, "the webhook", "--webhook-address")?;
+    let webhook_listener = tokio::net::TcpListener::from_std(webhook_listener)?;
     let server = ApiServer::connect(kubernetes.kubeconfig.as_deref(), None).await?;
     let tokens = match JoinTokens::existing(&config.state_dir) {
         Ok(tokens) => Some(Arc::new(tokens)),
@@ -92,6 +94,7 @@ async fn cluster_controller(config: config::Controller, kubernetes: config::Kube
         ca: ca_options(&config),
         poll: ROOTS_POLL,
         ca_listener,
+        webhook_listener,
         names: config.sans.clone(),
         tokens,
         readiness: readiness.clone(),
