@@ -35,6 +35,9 @@ use crate::redirect::{Options, Redirect};
 use crate::telemetry::{AccessLog, Telemetry, logging};
 use crate::translate::Settings;
 
+/// Where the name of the agent's pod is, in Kubernetes.
+pub const POD_NAME: &str = "NODEMESH_POD_NAME";
+
 /// `mesh-agent node`: serves the pods of this node until a signal ends it.
 pub fn run_node(config: config::Node, live: Live) -> anyhow::Result<()> {
     let log = logging::init(&config.logging.filter, config.logging.format).map_err(|e| anyhow!(e))?;
@@ -141,6 +144,8 @@ async fn node(config: config::Node, live: Live, log: logging::LogLevel) -> anyho
 
     let admin = Arc::new(AdminState {
         node: config.node_name.clone(),
+        // Not a setting: it is what the pod is called.
+        pod: std::env::var(POD_NAME).ok(),
         started,
         certificate_authority: authority_in_words(&config.ca),
         snapshot: sources.snapshot.clone(),
@@ -223,7 +228,7 @@ async fn node(config: config::Node, live: Live, log: logging::LogLevel) -> anyho
     match given {
         Some(Given::Handed { pid, version, connections }) => {
             tracing::info!("handed over to agent PID {pid} ({version}); {connections} connections drain");
-            drained(&mut signals, enrolling, proxy, present.load().drain_timeout).await;
+            drained(&mut signals, enrolling, proxy, present.load().upgrade_drain).await;
             Ok(())
         }
         Some(Given::Leave { .. }) | None => tokio::select! {

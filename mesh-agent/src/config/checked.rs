@@ -29,6 +29,8 @@ pub struct Node {
     /// Never 0.
     pub workers: usize,
     pub drain_timeout: Duration,
+    /// The same where another agent serves already.
+    pub upgrade_drain: Duration,
     /// From an agent that runs; else it is an error that there is one.
     pub take_over: bool,
     pub ca: CertificateAuthority,
@@ -157,6 +159,7 @@ const DEFAULT_CONFIG_DIR: &str = "/etc/nodemesh/manifests";
 const MIN_CERT_LIFETIME: Duration = Duration::from_secs(10);
 const MAX_CERT_LIFETIME: Duration = Duration::from_secs(365 * 24 * 3600);
 const MAX_DRAIN: Duration = Duration::from_secs(3600);
+const MAX_UPGRADE_DRAIN: Duration = Duration::from_secs(7 * 86_400);
 const MAX_WORKERS: u32 = 1024;
 /// 64 bytes an entry: a gigabyte, above which a kernel map is a mistake.
 const MAX_ORIG_DST_ENTRIES: u32 = 16 * 1024 * 1024;
@@ -186,6 +189,8 @@ impl Node {
                 0 => machine.cores.max(1),
                 n => usize::try_from(n).expect("a u32 fits"),
             },
+            upgrade_drain: w
+                .or("upgrade-drain", "1h", |t| value::duration_between(t, Duration::ZERO, MAX_UPGRADE_DRAIN))?,
             drain_timeout: w.or("drain-timeout", "5s", |t| value::duration_between(t, Duration::ZERO, MAX_DRAIN))?,
             take_over: w.or("take-over", "false", value::boolean)?,
             ca: w.certificate_authority()?,

@@ -162,19 +162,24 @@ pub fn api_server_and_controller_may_be_away(stage: &Stage) {
     };
     kube.kubectl(&["-n", MESH, "scale", "deployment", "nodemesh-controller", "--replicas=0"]).success();
     kube.eventually("no controller is left", || stage.pods(MESH, "app=nodemesh-controller").is_empty());
-    let signal = |name: &str| {
-        let status = std::process::Command::new("kill").args([name, &api_server]).status();
+    let signal = |name: &str, id: &str| {
+        let status = std::process::Command::new("kill").args([name, id]).status();
         assert!(status.expect("kill runs").success());
     };
-    signal("-STOP");
+    ids.iter().for_each(|id| signal("-STOP", id));
     // Whatever fails in between, the cluster must go on.
-    struct Resume<F: Fn(&str)>(F);
-    impl<F: Fn(&str)> Drop for Resume<F> {
+    struct Resume<F: Fn()>(F);
+    impl<F: Fn()> Drop for Resume<F> {
         fn drop(&mut self) {
-            (self.0)("-CONT");
+            (self.0)();
         }
     }
-    let resume = Resume(signal);
+    let resume = Resume(|| {
+        signal("-CONT", &ids[0]);
+        // The nodes say first that they live.
+        std::thread::sleep(Duration::from_secs(12));
+        signal("-CONT", &ids[1]);
+    });
     let before = count(kube);
     throughout(Duration::from_secs(60), "", || {
         std::thread::sleep(Duration::from_secs(1));

@@ -44,6 +44,7 @@ fn the_defaults() {
             cni: None,
             workers: 4,
             drain_timeout: Duration::from_secs(5),
+            upgrade_drain: Duration::from_secs(3600),
             ca: CertificateAuthority::Embedded,
             cert_lifetime: Duration::from_secs(24 * 3600),
             trust_domain: TrustDomain::new("cluster.local").unwrap(),

@@ -26,6 +26,8 @@ pub(in crate::cli::meshctl) struct Uninstall {
 }
 
 const CLEANUP: &str = "nodemesh-cleanup";
+/// For an agent to end, in seconds: it lets connections go on for five.
+const GRACE: u32 = 10;
 /// On the DaemonSet: the nodes that have to be cleaned.
 const NODES: &str = "nodemesh.io/uninstalled-nodes";
 const TRUST: &str = "nodemesh-ca-root";
@@ -73,6 +75,10 @@ async fn nodes(server: &ApiServer, mesh: &str, wish: &Uninstall, out: &mut impl 
     server.merge(&Kind::DAEMON_SET, mesh, AGENT, "", &nowhere).await?;
     writeln!(out, "  stopping  the agents of {} nodes", nodes.len())?;
     out.flush()?;
+    // One that another has taken over from would go on for as long as its last connection.
+    for pod in pods(server, mesh, AGENT).await? {
+        server.end_pod(mesh, name(&pod), GRACE).await?;
+    }
     gone(server, mesh, AGENT, wish.timeout).await?;
     let template = &agent["spec"]["template"];
     for node in &nodes {
