@@ -10,7 +10,10 @@ pub mod model;
 pub mod translate;
 
 // Who is in the mesh.
+pub mod cni;
 pub mod enrollment;
+pub mod handover;
+pub mod pod_status;
 pub mod redirect;
 
 // The data path.

@@ -71,15 +71,11 @@ impl Follower {
                 if !first && *present != changed.node {
                     tracing::info!("the settings of {at} are in force");
                 }
-                for problem in &problems {
-                    tracing::warn!("{problem}");
-                }
                 (self.apply)(&changed.node, problems);
                 self.node.store(Arc::new(changed.node));
             }
             Err(e) => {
                 let message = format!("{e}; the last good settings stay in force");
-                tracing::error!("{message}");
                 (self.apply)(&present, vec![self.problem(Severity::Error, message.clone())]);
                 if let Err(e) = self.tell(object, &message).await {
                     tracing::warn!("no Event can be written: {e}");

@@ -24,9 +24,13 @@ pub struct Node {
     pub source: Source,
     pub state_dir: PathBuf,
     pub admin_socket: PathBuf,
+    /// `None`: no CNI plugin, and pods that start do not wait.
+    pub cni: Option<Cni>,
     /// Never 0.
     pub workers: usize,
     pub drain_timeout: Duration,
+    /// From an agent that runs; else it is an error that there is one.
+    pub take_over: bool,
     pub ca: CertificateAuthority,
     pub cert_lifetime: Duration,
     pub trust_domain: TrustDomain,
@@ -47,6 +51,16 @@ pub struct Node {
     /// `None` is off.
     pub access_log: Option<LogFormat>,
     pub logging: Logging,
+}
+
+/// The CNI plugin on the node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Cni {
+    /// The node's /etc/cni/net.d.
+    pub conf_dir: PathBuf,
+    /// The node's /opt/cni/bin.
+    pub bin_dir: PathBuf,
+    pub socket: PathBuf,
 }
 
 /// Who signs this node's certificates.
@@ -100,6 +114,8 @@ pub struct Controller {
     pub sans: Vec<String>,
     pub cert_lifetime: Duration,
     pub trust_domain: TrustDomain,
+    pub cluster_domain: String,
+    pub root_namespace: String,
     pub istio_labels: bool,
     pub logging: Logging,
 }
@@ -111,6 +127,8 @@ pub struct Cleanup {
     pub bpffs: PathBuf,
     pub cgroup: Option<PathBuf>,
     pub admin_socket: PathBuf,
+    pub state_dir: PathBuf,
+    pub cni: Option<Cni>,
     pub logging: Logging,
 }
 
@@ -163,11 +181,13 @@ impl Node {
             source: w.source()?,
             state_dir: w.path("state-dir", "/var/lib/nodemesh")?,
             admin_socket: w.admin_socket()?,
+            cni: w.cni()?,
             workers: match w.or("workers", "0", |t| value::number(t, 0, MAX_WORKERS))? {
                 0 => machine.cores.max(1),
                 n => usize::try_from(n).expect("a u32 fits"),
             },
             drain_timeout: w.or("drain-timeout", "5s", |t| value::duration_between(t, Duration::ZERO, MAX_DRAIN))?,
+            take_over: w.or("take-over", "false", value::boolean)?,
             ca: w.certificate_authority()?,
             cert_lifetime: w.cert_lifetime()?,
             trust_domain: w.trust_domain()?,
@@ -204,6 +224,12 @@ impl Node {
             return Err(ConfigError(format!(
                 "{one} and {other} are both {}; give each a port of its own",
                 node.metrics_address
+            )));
+        }
+        if node.take_over && node.ca == CertificateAuthority::Embedded {
+            let (one, other) = (written.place("take-over"), written.place("embedded-ca"));
+            return Err(ConfigError(format!(
+                "{one} and {other} exclude each other: one CA has one process; give --ca-address of a controller"
             )));
         }
         Ok(node)
@@ -243,6 +269,8 @@ impl Controller {
             },
             cert_lifetime: w.cert_lifetime()?,
             trust_domain: w.trust_domain()?,
+            cluster_domain: w.cluster_domain()?,
+            root_namespace: w.root_namespace()?,
             istio_labels: w.istio_labels()?,
             logging: w.logging()?,
         })
@@ -257,6 +285,8 @@ impl Cleanup {
             bpffs: w.path("bpffs", "/sys/fs/bpf")?,
             cgroup: w.optional_directory("cgroup")?,
             admin_socket: w.admin_socket()?,
+            state_dir: w.path("state-dir", "/var/lib/nodemesh")?,
+            cni: w.cni()?,
             logging: w.logging()?,
         })
     }
@@ -338,12 +368,33 @@ impl Reader<'_> {
     }
 
     fn admin_socket(&self) -> Result<PathBuf, ConfigError> {
-        let path = self.path("admin-socket", "/run/nodemesh/admin.sock")?;
+        self.socket("admin-socket", "/run/nodemesh/admin.sock")
+    }
+
+    fn cni(&self) -> Result<Option<Cni>, ConfigError> {
+        let socket = self.socket("cni-socket", "/run/nodemesh/cni.sock")?;
+        let (conf_dir, bin_dir) = (self.optional_directory("cni-conf-dir")?, self.optional_directory("cni-bin-dir")?);
+        match (conf_dir, bin_dir) {
+            (None, None) => Ok(None),
+            (Some(conf_dir), Some(bin_dir)) => Ok(Some(Cni { conf_dir, bin_dir, socket })),
+            (Some(_), None) => Err(ConfigError(format!(
+                "{} needs --cni-bin-dir: the node's folder of CNI plugins, such as /opt/cni/bin",
+                self.0.place("cni-conf-dir")
+            ))),
+            (None, Some(_)) => Err(ConfigError(format!(
+                "{} needs --cni-conf-dir: the node's folder of CNI configurations, such as /etc/cni/net.d",
+                self.0.place("cni-bin-dir")
+            ))),
+        }
+    }
+
+    fn socket(&self, name: &'static str, default: &str) -> Result<PathBuf, ConfigError> {
+        let path = self.path(name, default)?;
         let length = path.as_os_str().len();
         if length > MAX_SOCKET_PATH {
             let problem =
                 format!("{length} bytes are too long for a Unix socket; use a path of up to {MAX_SOCKET_PATH}");
-            return Err(self.error("admin-socket", &problem));
+            return Err(self.error(name, &problem));
         }
         Ok(path)
     }

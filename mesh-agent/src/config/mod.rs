@@ -11,7 +11,7 @@ mod value;
 mod written;
 
 pub use checked::{
-    Analysis, CertificateAuthority, Cleanup, Controller, Kubernetes, Logging, Machine, Node, Source, Token,
+    Analysis, CertificateAuthority, Cleanup, Cni, Controller, Kubernetes, Logging, Machine, Node, Source, Token,
 };
 pub use live::{Changed, Live};
 pub use table::{Kind, Role, SETTINGS, Setting};

@@ -9,14 +9,13 @@ use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use aws_lc_rs::digest::{SHA256, digest};
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
 use crate::api_server::{ApiServer, Kind};
-use crate::identity::Refusal;
+use crate::identity::{Refusal, sha256_hex};
 
 /// For whom a token has to be made.
 pub const AUDIENCE: &str = "nodemesh-ca";
@@ -41,7 +40,7 @@ pub struct AgentTokens {
     server: ApiServer,
     namespace: String,
     /// By the hash of the token. Who asks about the same one waits for the first answer.
-    known: Mutex<HashMap<[u8; 32], Place>>,
+    known: Mutex<HashMap<String, Place>>,
     peers: Mutex<HashMap<IpAddr, Budget>>,
 }
 
@@ -72,7 +71,7 @@ impl AgentTokens {
         if token.len() > MAX_TOKEN_BYTES {
             return Err(Refusal::Denied(format!("the token has {} bytes; that is none of a cluster", token.len())));
         }
-        let hash: [u8; 32] = digest(&SHA256, token.as_bytes()).as_ref().try_into().expect("SHA-256 has 32 bytes");
+        let hash = sha256_hex(token.as_bytes());
         let place = self.known.lock().unwrap_or_else(PoisonError::into_inner).entry(hash).or_default().clone();
         let mut place = place.lock().await;
         if let Some(known) = place.as_ref().filter(|known| known.is_good()) {

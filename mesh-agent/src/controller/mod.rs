@@ -6,10 +6,13 @@
 //! here: a controller that starts finds all of it in the cluster.
 
 mod accounts;
+mod admission;
 mod lease;
 mod scheduled;
 mod secret;
+mod status;
 mod trust_bundle;
+mod webhook;
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -44,6 +47,7 @@ pub struct Inputs {
     /// How often nodes ask for the roots.
     pub poll: Duration,
     pub ca_listener: TcpListener,
+    pub webhook_listener: TcpListener,
     /// Further names in the controller's own certificate.
     pub names: Vec<String>,
     /// For nodes outside the cluster; `None` takes none.
@@ -55,7 +59,19 @@ pub struct Inputs {
 
 /// Serves until `stop`. What the cluster lacks is said and waited for.
 pub async fn run(inputs: Inputs, stop: impl Future<Output = ()>) -> Result<(), CaServerError> {
-    let Inputs { server, namespace, settings, ca, poll, ca_listener, mut names, tokens, readiness, me } = inputs;
+    let Inputs {
+        server,
+        namespace,
+        settings,
+        ca,
+        poll,
+        ca_listener,
+        webhook_listener,
+        mut names,
+        tokens,
+        readiness,
+        me,
+    } = inputs;
     let starting = readiness.block("the CA, the pods and the namespaces");
     let (stopping, stopped) = watch::channel(false);
     let place = Place::new(server.clone(), &namespace, ca);
@@ -74,7 +90,7 @@ pub async fn run(inputs: Inputs, stop: impl Future<Output = ()>) -> Result<(), C
         });
     }
     let (opened, open) = watch::channel(None::<Arc<Ca>>);
-    let leader = Leader { server: server.clone(), place: place.clone(), secret: secret.clone(), ca: open };
+    let leader = Leader { server: server.clone(), settings, place: place.clone(), secret: secret.clone(), ca: open };
     let election = tokio::spawn({
         let election = Election::new(server.clone(), &namespace, &me);
         let mut stopped = stopped.clone();
@@ -97,8 +113,11 @@ pub async fn run(inputs: Inputs, stop: impl Future<Output = ()>) -> Result<(), C
         });
         scheduled.known().await;
         names.extend(service_names(&namespace));
+        names.sort();
+        names.dedup();
         drop(starting);
         tracing::info!(listen = ?ca_listener.local_addr().ok(), trust_domain = %ca.trust_domain(), "the CA is ready");
+        let (webhook_ca, webhook_names) = (ca.clone(), names.clone());
         let options = CaServerOptions {
             listener: ca_listener,
             names,
@@ -109,7 +128,10 @@ pub async fn run(inputs: Inputs, stop: impl Future<Output = ()>) -> Result<(), C
             poll,
         };
         let mut stopped = stopped.clone();
-        identity::serve(options, async move { drop(stopped.wait_for(|stopped| *stopped).await) }).await
+        tokio::select! {
+            outcome = identity::serve(options, async move { drop(stopped.wait_for(|stopped| *stopped).await) }) => outcome,
+            outcome = webhook::serve(webhook_listener, &webhook_ca, webhook_names) => match outcome? {},
+        }
     };
     let mut stopping_early = stopped.clone();
     let outcome = tokio::select! {
@@ -132,6 +154,7 @@ pub async fn run(inputs: Inputs, stop: impl Future<Output = ()>) -> Result<(), C
 #[derive(Clone)]
 struct Leader {
     server: ApiServer,
+    settings: Settings,
     place: Place,
     secret: watch::Receiver<secret::Seen>,
     ca: watch::Receiver<Option<Arc<Ca>>>,
@@ -140,16 +163,20 @@ struct Leader {
 impl Leader {
     /// Writes until it is dropped. All in this one future, so that nothing of it goes on when the Lease is lost.
     async fn lead(self) -> Infallible {
-        let Self { server, place, secret, mut ca } = self;
+        let Self { server, settings, place, secret, mut ca } = self;
         let with_ca = async {
             let ca = match ca.wait_for(Option::is_some).await.map(|ca| ca.clone()) {
                 Ok(Some(ca)) => ca,
                 _ => std::future::pending().await,
             };
-            trust_bundle::keep(&server, ca.trusted()).await
+            tokio::select! {
+                never = trust_bundle::keep(&server, ca.trusted()) => never,
+                never = webhook::keep_known(&server, ca.trusted()) => never,
+            }
         };
         tokio::select! {
             never = place.lead(secret) => never,
+            never = status::keep(&server, &settings) => never,
             never = with_ca => never,
         }
     }
