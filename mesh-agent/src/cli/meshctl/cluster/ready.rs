@@ -10,6 +10,7 @@ use tokio::time::Instant;
 use super::objects::{AGENT, CONTROLLER, name};
 use crate::api_server::{ApiError, ApiServer, Kind};
 use crate::cli::exit::Failure;
+use crate::cli::meshctl::layout::wrap;
 
 /// How often is looked: a person waits.
 pub(super) const POLL: Duration = Duration::from_millis(300);
@@ -19,6 +20,8 @@ pub(super) const POLL: Duration = Duration::from_millis(300);
 pub(super) struct Progress {
     pub(super) ready: u64,
     pub(super) wanted: u64,
+    /// Its controller has taken up the last change.
+    pub(super) seen: bool,
     /// All of the newest version, and none of an older one left.
     pub(super) done: bool,
 }
@@ -35,7 +38,7 @@ pub(super) fn progress(object: &Value) -> Progress {
         let updated = number("updatedReplicas");
         (wanted, number("availableReplicas"), updated, number("replicas").saturating_sub(updated))
     };
-    Progress { ready, wanted, done: seen && ready >= wanted && updated >= wanted && others == 0 }
+    Progress { ready, wanted, seen, done: seen && ready >= wanted && updated >= wanted && others == 0 }
 }
 
 /// The two workloads of a mesh, by kind and name.
@@ -75,7 +78,7 @@ pub(super) async fn wait(
                 ))
                 .into());
             };
-            let Progress { ready, wanted, done } = progress(&object);
+            let Progress { ready, wanted, seen: _, done } = progress(&object);
             if done {
                 let seconds = start.elapsed().as_secs_f64();
                 writeln!(out, "  ready     {} {name}: {ready} of {wanted} ({seconds:.1} s)", kind.kind)?;
@@ -91,7 +94,7 @@ pub(super) async fn wait(
                 if let Some(trouble) = trouble(&pod)
                     && told.insert(trouble.clone())
                 {
-                    writeln!(out, "  not yet   {trouble}")?;
+                    writeln!(out, "{}", format_args!("  {}", wrap(&format!("not yet   {trouble}"), 78, 12)))?;
                     out.flush()?;
                 }
             }
@@ -191,7 +194,7 @@ mod tests {
                            "updatedNumberScheduled": updated, "numberAvailable": available},
             }))
         };
-        assert_eq!(set(2, 3, 3), Progress { ready: 3, wanted: 3, done: true });
+        assert_eq!(set(2, 3, 3), Progress { ready: 3, wanted: 3, seen: true, done: true });
         assert!(!set(1, 3, 3).done, "its controller has not seen the change");
         assert!(!set(2, 2, 3).done, "one is of the old version");
         assert!(!set(2, 3, 2).done);

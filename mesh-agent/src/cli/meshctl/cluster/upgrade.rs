@@ -19,6 +19,9 @@ use crate::api_server::{ApiServer, Kind};
 use crate::cli::exit::Failure;
 use crate::cli::meshctl::chart::{self, VERSION};
 
+/// Trouble of an agent that starts may pass: its predecessor still has something, or the API server is busy.
+const PATIENCE: Duration = Duration::from_secs(20);
+
 pub(super) async fn upgrade(access: &Access, wish: &Install, out: &mut impl Write) -> anyhow::Result<()> {
     let Install { given, dry_run, timeout } = wish;
     let server = access.connect().await?;
@@ -86,6 +89,11 @@ async fn follow(server: &ApiServer, mesh: &str, timeout: Duration, out: &mut imp
     loop {
         let agent = ready::workload(server, mesh, &Kind::DAEMON_SET, AGENT).await?.unwrap_or_default();
         let progress = ready::progress(&agent);
+        if !progress.seen {
+            // The newest revision would be that of before.
+            tokio::time::sleep(POLL).await;
+            continue;
+        }
         let newest = revision(server, mesh, &agent).await?;
         let pods = pods(server, mesh, AGENT).await?;
         let new = |pod: &&Value| pod["metadata"]["labels"]["controller-revision-hash"] == *newest;
@@ -100,7 +108,7 @@ async fn follow(server: &ApiServer, mesh: &str, timeout: Duration, out: &mut imp
         if progress.done {
             return Ok(());
         }
-        let ill = pods.iter().filter(new).find_map(|pod| trouble(pod).filter(|_| last.elapsed() > POLL * 20));
+        let ill = pods.iter().filter(new).find_map(|pod| trouble(pod).filter(|_| last.elapsed() > PATIENCE));
         let late = last.elapsed() > timeout;
         if ill.is_some() || late {
             stop(server, mesh).await?;
