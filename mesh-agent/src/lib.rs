@@ -12,6 +12,7 @@ pub mod translate;
 // Who is in the mesh.
 pub mod cni;
 pub mod enrollment;
+pub mod handover;
 pub mod pod_status;
 pub mod redirect;
 

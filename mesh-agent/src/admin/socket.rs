@@ -1,11 +1,11 @@
 //! The Unix socket of the admin pages: root's only, from the moment it can be connected to.
 
 use std::io;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
 use super::AdminError;
-use crate::lifecycle::PrivateSocket;
+use crate::lifecycle::{KeptFile, PrivateSocket};
 
 /// A bound socket; its file goes when this is dropped, unless another agent has put its own there since.
 #[derive(Debug)]
@@ -23,6 +23,11 @@ impl AdminSocket {
                 ),
             ));
         }
+        Self::replace(path)
+    }
+
+    /// Takes `path`, also from one that answers: it will not for long.
+    pub fn replace(path: &Path) -> Result<Self, AdminError> {
         PrivateSocket::bind(path).map(Self).map_err(|e| {
             let reason = match e.kind() {
                 io::ErrorKind::PermissionDenied => "that needs root".to_owned(),
@@ -38,8 +43,22 @@ impl AdminSocket {
         })
     }
 
+    /// The socket behind `path`, which an agent before has bound.
+    pub fn handed_over(path: &Path, listener: UnixListener) -> io::Result<Self> {
+        PrivateSocket::handed_over(path, listener).map(Self)
+    }
+
     pub fn path(&self) -> &Path {
         self.0.path()
+    }
+
+    pub fn std(&self) -> &UnixListener {
+        self.0.std()
+    }
+
+    /// To let the file stay when another agent serves the socket.
+    pub fn kept(&self) -> KeptFile {
+        self.0.kept()
     }
 
     pub(super) fn listener(&self) -> io::Result<tokio::net::UnixListener> {

@@ -82,9 +82,14 @@ impl Drop for Return {
 impl Netns {
     /// Opens the namespace that `path` names, such as `/run/netns/pod-a`.
     pub fn open(path: &Path) -> Result<Self, NetnsError> {
+        let file = File::open(path).map_err(|source| NetnsError::Open { path: path.to_owned(), source })?;
+        Self::of(file, path)
+    }
+
+    /// The namespace that `file` is, which another agent had opened by the name of `path`.
+    pub fn of(file: File, path: &Path) -> Result<Self, NetnsError> {
         let open = |source| NetnsError::Open { path: path.to_owned(), source };
         home().map_err(open)?;
-        let file = File::open(path).map_err(open)?;
         let metadata = file.metadata().map_err(open)?;
         let id = NetnsId(metadata.dev(), metadata.ino());
         let mut netns = Self { fd: file.into(), cookie: NetnsCookie(0), path: path.to_owned(), id };

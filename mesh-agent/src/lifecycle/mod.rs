@@ -2,10 +2,10 @@
 //! process reads.
 
 pub mod files;
+mod private_socket;
 mod readiness;
 mod signal;
-mod socket;
 
+pub use private_socket::{KeptFile, PrivateSocket};
 pub use readiness::{BlockReady, Readiness};
 pub use signal::{Signals, Stop};
-pub use socket::PrivateSocket;

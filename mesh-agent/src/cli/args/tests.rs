@@ -56,6 +56,7 @@ fn the_defaults() {
             cgroup: None,
             probe_cgroup: None,
             host_proc: "/proc".into(),
+            take_over: false,
             kernel_log: false,
             orig_dst_entries: 65536,
             metrics_address: "0.0.0.0:15020".parse().unwrap(),
