@@ -138,6 +138,13 @@ pub fn revoke_token(config: &config::Controller, token_or_id: &str) -> anyhow::R
 
 /// `mesh-agent controller rotate-root`: what was done, a sentence.
 pub fn rotate_root(config: config::Controller) -> anyhow::Result<String> {
+    if let Source::Kubernetes(kubernetes) = &config.source {
+        return control_runtime()?.block_on(async {
+            identity::install_provider();
+            let server = ApiServer::connect(kubernetes.kubeconfig.as_deref(), None).await?;
+            Ok(controller::rotate_root(&server, &kubernetes.namespace).await?)
+        });
+    }
     // It alone may change its CA, and knows which nodes must learn the new root first: signed too soon, they would trust
     // nobody.
     if !Ca::is_running(&ca_options(&config).state_dir)? {

@@ -254,11 +254,14 @@ impl Controller {
         Ok(Self { source, ..controller })
     }
 
-    /// For `token`, `revoke-token` and `rotate-root`, which read no manifests: those need not be there.
+    /// For `token`, `revoke-token` and `rotate-root`, which read no manifests: a directory of them need not be there.
     pub fn check_for_tools(written: &Written) -> Result<Self, ConfigError> {
         let w = Reader(written);
         Ok(Self {
-            source: Source::Directory(w.path("config-dir", DEFAULT_CONFIG_DIR)?),
+            source: match w.kubernetes()? {
+                Some(kubernetes) => Source::Kubernetes(kubernetes),
+                None => Source::Directory(w.path("config-dir", DEFAULT_CONFIG_DIR)?),
+            },
             state_dir: w.path("state-dir", "/var/lib/nodemesh")?,
             listen: w.or("listen", "0.0.0.0:15012", value::address)?,
             webhook_address: w.or("webhook-address", "0.0.0.0:15017", value::address)?,
@@ -405,19 +408,24 @@ impl Reader<'_> {
     }
 
     fn source(&self) -> Result<Source, ConfigError> {
+        match self.kubernetes()? {
+            Some(kubernetes) => Ok(Source::Kubernetes(kubernetes)),
+            None => Ok(Source::Directory(self.directory("config-dir", DEFAULT_CONFIG_DIR)?)),
+        }
+    }
+
+    fn kubernetes(&self) -> Result<Option<Kubernetes>, ConfigError> {
         let kubernetes = self.or("source", "directory", |t| match t {
             "directory" => Ok(false),
             "kubernetes" => Ok(true),
             _ => Err(format!("`{t}` is no source; write directory or kubernetes")),
         })?;
         if !kubernetes {
-            return Ok(Source::Directory(self.directory("config-dir", DEFAULT_CONFIG_DIR)?));
+            return Ok(None);
         }
         let kubeconfig = self.0.get("kubeconfig").map(|text| self.path("kubeconfig", text)).transpose()?;
-        Ok(Source::Kubernetes(Kubernetes {
-            kubeconfig,
-            namespace: self.or("namespace", "nodemesh-system", value::label)?,
-        }))
+        let namespace = self.or("namespace", "nodemesh-system", value::label)?;
+        Ok(Some(Kubernetes { kubeconfig, namespace }))
     }
 
     fn certificate_authority(&self) -> Result<CertificateAuthority, ConfigError> {

@@ -23,7 +23,7 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use crate::api_server::{ApiServer, Change, Kind, watch as watch_objects};
+use crate::api_server::{ApiError, ApiServer, Change, Kind, watch as watch_objects};
 use crate::identity::{self, Accounts, Ca, CaOptions, CaServerError, CaServerOptions, JoinTokens, RunsOn};
 use crate::lifecycle::Readiness;
 use crate::translate::Settings;
@@ -150,6 +150,13 @@ pub async fn run(inputs: Inputs, stop: impl Future<Output = ()>) -> Result<(), C
     outcome
 }
 
+/// Asks the leader for a new root: what was done, a sentence.
+pub async fn rotate_root(server: &ApiServer, namespace: &str) -> Result<String, ApiError> {
+    let patch = serde_json::json!({"metadata": {"annotations": {(secret::ROTATE_ROOT): "asked"}}});
+    server.merge(&Kind::SECRET, namespace, secret::CA_SECRET, "", &patch).await?;
+    Ok("the controller that leads is asked for a new root; see its log. It signs when all nodes trust it".to_owned())
+}
+
 /// What the leader needs for its part.
 #[derive(Clone)]
 struct Leader {
@@ -218,7 +225,7 @@ async fn follow(
     while let Some(change) = changes.next().await {
         match &change {
             // The list or watch of a kind that is not installed.
-            Change::Failed(crate::api_server::ApiError::NotFound { .. }) => {}
+            Change::Failed(ApiError::NotFound { .. }) => {}
             Change::Failed(e) => said.warn(&format!("{} cannot be read: {e}; what was known stays", kind.plural)),
             Change::Complete | Change::Applied(_) | Change::Deleted(_) => said.clear(),
             Change::Begin | Change::Listed(_) => {}
