@@ -186,6 +186,33 @@ impl Agent {
         self.wait_ready()
     }
 
+    /// Starts a new agent with `flags` more, which takes over from this one, and waits until it has: the process of this
+    /// one, which drains.
+    pub fn upgrade(&mut self, flags: &[&str]) -> Process {
+        let old = self.take_over(flags);
+        self.process.wait_for("took over ", READY);
+        self.wait_ready();
+        old
+    }
+
+    /// The process is the agent again, after another that was to take over from it has come to nothing.
+    pub fn put_back(&mut self, old: Process) {
+        self.log = old.log_file().to_owned();
+        self.process = old;
+    }
+
+    /// Starts a new agent that is to take over from this one, and waits for nothing: the process of this one.
+    pub fn take_over(&mut self, flags: &[&str]) -> Process {
+        let name = format!("agent {}", self.node.name());
+        let mut arguments = self.arguments.clone();
+        arguments.push("--take-over".into());
+        arguments.extend(flags.iter().map(OsString::from));
+        let folder = self.log.parent().expect("a log lies in a folder");
+        self.log = fresh_log(folder, &format!("agent-{}", self.node.name()));
+        let new = start(&name, self.node.netns(), &arguments, &self.log);
+        std::mem::replace(&mut self.process, new)
+    }
+
     /// What Prometheus would scrape.
     pub fn metrics(&self) -> String {
         let (status, body) =
