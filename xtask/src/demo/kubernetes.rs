@@ -136,8 +136,8 @@ fn policy(kube: &Kube) {
 
 fn remove(kube: &Kube) {
     chapter("And away with it");
-    line(&command("meshctl uninstall --kubernetes --yes"));
-    quote(&kube.meshctl(&["uninstall", "--kubernetes", "--yes"]).success());
+    line(&command("meshctl uninstall --kubernetes"));
+    quote(&kube.meshctl(&["uninstall", "--kubernetes"]).success());
     calls_go_on(kube);
     line("The shop runs on as before the mesh came.");
 }

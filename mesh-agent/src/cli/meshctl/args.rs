@@ -178,7 +178,9 @@ pub(super) fn parse(
     let given = inner.get_many::<String>("socket").map(|paths| paths.map(PathBuf::from).collect());
     let given = given.or_else(|| Some(vec![PathBuf::from(variable(SOCKET_VARIABLE)?)]));
     let node = inner.get_one::<String>("node").cloned();
-    let place = match (inner.get_flag("kubernetes") || node.is_some(), &given) {
+    let said = |name: &str| inner.get_one::<String>(name).is_some();
+    let in_cluster = inner.get_flag("kubernetes") || node.is_some() || said("kubeconfig") || said("context");
+    let place = match (in_cluster, &given) {
         (true, _) => Place::Cluster,
         (false, Some(_)) => Place::Here,
         (false, None) => Place::WhereItIs,

@@ -30,6 +30,8 @@ const CLEANUP: &str = "nodemesh-cleanup";
 const GRACE: u32 = 10;
 /// On the DaemonSet: the nodes that have to be cleaned.
 const NODES: &str = "nodemesh.io/uninstalled-nodes";
+/// What the controller writes on its ConfigMaps; one of that name without it is somebody else's.
+const CONTROLLERS: &str = "app.kubernetes.io/managed-by=nodemesh";
 const TRUST: &str = "nodemesh-ca-root";
 
 pub(super) async fn uninstall(access: &Access, wish: &Uninstall, out: &mut impl Write) -> anyhow::Result<()> {
@@ -220,8 +222,10 @@ async fn one_gone(server: &ApiServer, mesh: &str, pod: &str, timeout: Duration) 
 /// What controller and agents have written at other places.
 async fn traces(server: &ApiServer, mesh: &str, out: &mut impl Write) -> anyhow::Result<()> {
     let mut count = 0;
-    for space in server.list(&Kind::NAMESPACE, None, "").await? {
-        count += usize::from(server.delete(&Kind::CONFIG_MAP, name(&space), TRUST).await?);
+    for map in server.list(&Kind::CONFIG_MAP, None, CONTROLLERS).await? {
+        if name(&map) == TRUST {
+            count += usize::from(server.delete(&Kind::CONFIG_MAP, namespace(&map), TRUST).await?);
+        }
     }
     if count > 0 {
         writeln!(out, "  removed   ConfigMap {TRUST} from {count} namespaces")?;
