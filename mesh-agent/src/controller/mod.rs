@@ -96,7 +96,8 @@ pub async fn run(inputs: Inputs, stop: impl Future<Output = ()>) -> Result<(), C
         let mut stopped = stopped.clone();
         async move {
             let stop = async { drop(stopped.wait_for(|stopped| *stopped).await) };
-            election.run(|| leader.clone().lead(), stop).await;
+            // Boxed: it is large, and moved with each change of the lead.
+            election.run(|| Box::pin(leader.clone().lead()), stop).await;
         }
     });
     let serving = async {
