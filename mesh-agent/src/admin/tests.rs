@@ -17,8 +17,8 @@ use crate::enrollment::PodStatus;
 use crate::identity::CertificateInfo;
 use crate::lifecycle::Readiness;
 use crate::model::{
-    Action, AuthorizationPolicy, Endpoint, Locality, MtlsMode, ObjectRef, Problem, Rule, ServicePort, Severity,
-    Snapshot, WorkloadPolicies,
+    Action, AuthorizationPolicy, Endpoint, MtlsMode, MtlsModes, ObjectRef, Problem, Rule, Rules, ServicePort, Severity,
+    Snapshot,
 };
 use crate::proxy::connections::ConnectionInfo;
 use crate::telemetry::fixtures::{service, snapshot, workload};
@@ -36,20 +36,19 @@ fn mesh() -> Snapshot {
     });
     let web = workload("shop", "web", "10.0.1.2");
     let mut cart = Arc::unwrap_or_clone(workload("shop", "cart", "10.0.2.3"));
-    cart.policies = Arc::new(WorkloadPolicies { policies: vec![policy] });
-    cart.mtls.default = MtlsMode::Strict;
-    cart.mtls.ports.insert(8080, MtlsMode::Permissive);
+    let mtls = MtlsModes { default: MtlsMode::Strict, ports: [(8080, MtlsMode::Permissive)].into() };
+    cart.rules = Some(Arc::new(Rules { mtls, policies: vec![policy] }));
     let cart = Arc::new(cart);
     let mut far = Arc::unwrap_or_clone(workload("shop", "far", "10.1.0.1"));
     far.node = "b".into();
+    far.rules = None;
     let mut service = Arc::unwrap_or_clone(service("shop", "cart"));
     let endpoint = |address: &str, ready| Endpoint {
         address: address.parse().unwrap(),
         ready,
         serving: ready,
-        locality: Locality::default(),
+        locality: Arc::default(),
         node: None,
-        workload: Some(cart.clone()),
     };
     service.ports.push(ServicePort {
         port: 80,

@@ -21,7 +21,7 @@ use crate::model::{ObjectRef, Problem, Severity, Snapshot};
 use crate::translate::Settings;
 use file::{Directory, Scan};
 use last_good::LastGood;
-use store::Store;
+use store::{Publisher, Store};
 
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -89,29 +89,15 @@ pub fn start(options: Options) -> Result<Sources, DiscoveryError> {
 /// Lists and watches what the mesh needs of a cluster. When this returns, the snapshot is what the API server said; it waits
 /// for as long as the API server does not say it. To be called on a runtime, which makes the requests.
 pub async fn start_kubernetes(server: &ApiServer, settings: Settings) -> Result<Sources, DiscoveryError> {
-    let (mut store, published) = Store::new(settings, &[]);
-    let (tell, heard) = mpsc::channel();
+    let (publisher, published) = Publisher::new(&settings);
     let (ended, watching) = mpsc::channel();
-    kubernetes::listen(server, &tell);
-    let mut cluster = kubernetes::Cluster::new(server.url());
-    let url = server.url().to_owned();
+    let heard = kubernetes::listen(server);
+    let cluster = kubernetes::Cluster::new(server.url(), settings);
+    let runtime = tokio::runtime::Handle::current();
     std::thread::Builder::new()
         .name("discovery".into())
-        .spawn(move || {
-            while let Some(changed) = cluster.wait(&heard) {
-                if watching.try_recv() == Err(mpsc::TryRecvError::Disconnected) {
-                    return;
-                }
-                if !changed {
-                    continue;
-                }
-                match cluster.is_known() {
-                    true => store.take(&cluster.objects(), cluster.problems()),
-                    false => store.wait(cluster.problems()),
-                }
-            }
-        })
-        .map_err(|source| DiscoveryError::Thread { directory: url.into(), source })?;
+        .spawn(move || kubernetes::follow(cluster, &runtime, heard, &publisher, &watching))
+        .map_err(|source| DiscoveryError::Thread { directory: server.url().into(), source })?;
     let store::Published { snapshot, mut changed, mut problems } = published;
     let mut said = Arc::default();
     while *changed.borrow_and_update() == 0 {

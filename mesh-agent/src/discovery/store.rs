@@ -8,9 +8,15 @@ use tokio::sync::watch;
 use crate::model::{MeshSettings, Problem, Snapshot};
 use crate::translate::{Memory, Object, Settings, Translation, translate};
 
+/// For a source that knows all its objects at any time.
 pub(super) struct Store {
     settings: Settings,
     memory: Memory,
+    publisher: Publisher,
+}
+
+/// The writing ends of what the rest of the agent reads.
+pub(super) struct Publisher {
     snapshot: Arc<ArcSwap<Snapshot>>,
     changed: watch::Sender<u64>,
     problems: watch::Sender<Arc<Vec<Problem>>>,
@@ -26,13 +32,9 @@ pub(super) struct Published {
 impl Store {
     /// `good` is what was last good when another process held it.
     pub fn new(settings: Settings, good: &[Object]) -> (Self, Published) {
-        let mesh = MeshSettings { trust_domain: settings.trust_domain.clone(), outbound: settings.outbound };
-        let snapshot = Arc::new(ArcSwap::from_pointee(Snapshot::empty(mesh)));
-        let (changed, changed_rx) = watch::channel(0);
-        let (problems, problems_rx) = watch::channel(Arc::default());
-        let published = Published { snapshot: snapshot.clone(), changed: changed_rx, problems: problems_rx };
+        let (publisher, published) = Publisher::new(&settings);
         let memory = translate(&settings, good, &Memory::default()).memory;
-        (Self { settings, memory, snapshot, changed, problems }, published)
+        (Self { settings, memory, publisher }, published)
     }
 
     /// The last good version of every object.
@@ -40,30 +42,43 @@ impl Store {
         self.memory.good()
     }
 
-    /// The objects are not known yet: only what hinders it is told.
-    pub fn wait(&mut self, problems: Vec<Problem>) {
-        self.tell(problems);
-    }
-
     /// Takes all objects there are now, and what the source has to report itself.
     pub fn take(&mut self, objects: &[Object], of_source: Vec<Problem>) {
         let Translation { parts, mut problems, memory } = translate(&self.settings, objects, &self.memory);
         self.memory = memory;
         problems.extend(of_source);
-        problems.sort();
-        problems.dedup();
-        let before = self.snapshot.load();
+        let before = self.publisher.snapshot();
         let next = Snapshot::new(before.generation() + 1, parts);
         // The first one is published even if it is empty: who waits for a generation waits for the first answer.
-        let differs = before.generation() == 0 || **before != next;
-        if differs {
-            self.snapshot.store(Arc::new(next));
-            self.changed.send_modify(|generation| *generation += 1);
+        if before.generation() == 0 || *before != next {
+            self.publisher.publish(next);
         }
-        self.tell(problems);
+        self.publisher.tell(problems);
+    }
+}
+
+impl Publisher {
+    pub fn new(settings: &Settings) -> (Self, Published) {
+        let mesh = MeshSettings { trust_domain: settings.trust_domain.clone(), outbound: settings.outbound };
+        let snapshot = Arc::new(ArcSwap::from_pointee(Snapshot::empty(mesh)));
+        let (changed, changed_rx) = watch::channel(0);
+        let (problems, problems_rx) = watch::channel(Arc::default());
+        let published = Published { snapshot: snapshot.clone(), changed: changed_rx, problems: problems_rx };
+        (Self { snapshot, changed, problems }, published)
     }
 
-    fn tell(&self, problems: Vec<Problem>) {
+    pub fn snapshot(&self) -> Arc<Snapshot> {
+        self.snapshot.load_full()
+    }
+
+    pub fn publish(&self, next: Snapshot) {
+        self.snapshot.store(Arc::new(next));
+        self.changed.send_modify(|generation| *generation += 1);
+    }
+
+    pub fn tell(&self, mut problems: Vec<Problem>) {
+        problems.sort();
+        problems.dedup();
         self.problems.send_if_modified(|known| {
             let new = **known != problems;
             if new {

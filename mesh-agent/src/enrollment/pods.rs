@@ -192,7 +192,7 @@ impl Enrollment {
             w.is_on(&self.inputs.node) && w.transport == Transport::Hbone && self.inputs.places.may_know(w)
         };
         let wanted: BTreeMap<Arc<str>, Arc<Workload>> =
-            snapshot.workloads().filter(wanted).map(|w| (w.uid.clone(), w.clone())).collect();
+            snapshot.judged().filter(wanted).map(|w| (w.uid.clone(), w.clone())).collect();
         let leaving: Vec<Arc<str>> = pods
             .iter()
             .filter(|(uid, pod)| !wanted.get(*uid).is_some_and(|w| same_place(w, &pod.workload)))
@@ -309,7 +309,7 @@ impl Enrollment {
             Err(e) => return tracing::error!("cannot read the enrolled pods: {e}"),
         };
         let snapshot = self.inputs.snapshot.load_full();
-        let outside = snapshot.workloads().filter(|w| w.is_on(&self.inputs.node) && w.transport == Transport::Plain);
+        let outside = snapshot.judged().filter(|w| w.is_on(&self.inputs.node) && w.transport == Transport::Plain);
         // Nor is a Namespace that is missing a word for leaving the mesh.
         let outside = outside.filter(|w| w.mode_is_said);
         for cookie in
@@ -365,7 +365,7 @@ fn enter(
     };
     let entry = PodEntry {
         cookie: pod.netns.cookie(),
-        addresses: pod.workload.addresses.clone(),
+        addresses: pod.workload.addresses.to_vec(),
         hbone_listener: pod.hbone.as_raw_fd(),
         plain_listener: pod.plain.as_raw_fd(),
     };
@@ -404,7 +404,7 @@ fn status(pod: &Pod) -> PodStatus {
         uid: uid.to_string(),
         namespace: namespace.to_string(),
         name: name.to_string(),
-        addresses: addresses.clone(),
+        addresses: addresses.to_vec(),
         enrolled,
         problem,
         legacy_connections: legacy,

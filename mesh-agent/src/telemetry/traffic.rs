@@ -245,7 +245,8 @@ fn write_workload(key: &mut String, workload: Option<&Workload>) {
     join(
         key,
         workload.map(|w| {
-            [&w.workload_name, &w.canonical_name, &w.canonical_revision, &w.namespace, &w.app, &w.version, &w.cluster]
+            let n = &*w.names;
+            [&n.workload, &n.canonical_name, &n.canonical_revision, &w.namespace, &n.app, &n.version, &n.cluster]
                 .map(|value| &**value)
         }),
     );
