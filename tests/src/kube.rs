@@ -60,7 +60,12 @@ impl Kube {
     /// The cluster that `NODEMESH_CLUSTER` names.
     pub fn of_this_run() -> Self {
         let folder = std::env::var_os(VARIABLE).map(PathBuf::from);
-        let folder = folder.unwrap_or_else(|| panic!("set {VARIABLE}, or run `cargo xtask test cluster`"));
+        Self::at(&folder.unwrap_or_else(|| panic!("set {VARIABLE}, or run `cargo xtask test cluster`")))
+    }
+
+    /// The cluster in this folder.
+    pub fn at(folder: &Path) -> Self {
+        let folder = folder.to_owned();
         let name = folder.file_name().and_then(|n| n.to_str()).expect("a cluster's folder has its name").to_owned();
         let control = Netns::open(&format!("{name}-control"));
         let logs = tempfile::tempdir().expect("a temporary folder");

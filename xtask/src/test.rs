@@ -87,7 +87,7 @@ fn one(ring: Ring, filter: Option<&str>) -> Result<Tally> {
             tests("mesh tests", command)
         }
         Ring::Cluster => {
-            let stage = Stage::set("test")?;
+            let stage = Stage::for_tests()?;
             let mut command = with_filter(&["test", "--package", "mesh-tests", "--test", "cluster"], filter);
             name_programs(&mut command);
             command.env("NODEMESH_CLUSTER", stage.folder());

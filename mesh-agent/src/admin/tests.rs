@@ -61,6 +61,7 @@ fn mesh() -> Snapshot {
 
 fn pod(name: &str, problem: Option<&str>) -> PodStatus {
     PodStatus {
+        netns: None,
         uid: format!("shop/{name}-1"),
         namespace: "shop".to_owned(),
         name: format!("{name}-1"),

@@ -69,7 +69,7 @@ fn failure(url: &str, what: &str, error: watcher::Error) -> ApiError {
             ApiError::from_kube(url, what, e)
         }
         watcher::Error::WatchError(status) => ApiError::from_kube(url, what, kube::Error::Api(status)),
-        e => ApiError::Other { what: what.to_owned(), why: e.to_string() },
+        e @ watcher::Error::NoResourceVersion => ApiError::Other { what: what.to_owned(), why: e.to_string() },
     }
 }
 

@@ -11,7 +11,7 @@ use crate::config::Machine;
 pub(super) fn run(args: impl IntoIterator<Item = OsString>) -> anyhow::Result<()> {
     match parse(args, |name| std::env::var(name).ok(), &Machine::here())? {
         Wish::Show(text) => Ok(write!(std::io::stdout(), "{text}")?),
-        Wish::Node(config) => app::run_node(*config),
+        Wish::Node(config, live) => app::run_node(*config, *live),
         Wish::Cleanup(config) => cleanup(&config, &mut std::io::stdout()),
         Wish::Controller(config) => app::run_controller(config),
         Wish::Token { controller, node, ttl } => {

@@ -6,8 +6,10 @@ use std::process::ExitCode;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 
 use crate::admin::AdminError;
+use crate::api_server::ApiError;
 use crate::config::ConfigError;
 use crate::discovery::DiscoveryError;
+use crate::handover::{OwnError, TakeError};
 use crate::identity::{CaError, TokenError};
 use crate::redirect::RedirectError;
 
@@ -81,6 +83,26 @@ fn of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<Exit> {
     if let Some(error) = cause.downcast_ref::<RedirectError>() {
         return of_redirect(error);
     }
+    if let Some(error) = cause.downcast_ref::<ApiError>() {
+        return Some(match error {
+            ApiError::NoConfig(_) | ApiError::Kubeconfig { .. } => Exit::Usage,
+            ApiError::Unauthorized { .. } | ApiError::Forbidden { .. } => Exit::NoPermission,
+            ApiError::Unreachable { .. }
+            | ApiError::NotFound { .. }
+            | ApiError::Conflict { .. }
+            | ApiError::Refused { .. }
+            | ApiError::Other { .. } => Exit::Unavailable,
+        });
+    }
+    if cause.is::<TakeError>() {
+        return Some(Exit::Unavailable);
+    }
+    match cause.downcast_ref::<OwnError>() {
+        Some(OwnError::Redirect(error)) => return of_redirect(error),
+        Some(OwnError::Admin(error)) => return of_io(error.kind()),
+        Some(OwnError::Socket(error)) => return of_io(error.kind()),
+        None => {}
+    }
     if let Some(error) = cause.downcast_ref::<CaError>() {
         return match error {
             CaError::Lifetime(_) | CaError::Brought => Some(Exit::Usage),
@@ -120,6 +142,7 @@ fn of_redirect(error: &RedirectError) -> Option<Exit> {
         | RedirectError::Pin { source, .. } => of_io(source.kind()).or(Some(Exit::Unavailable)),
         // The machine is not what it has to be; another kernel or another owner would mend it.
         RedirectError::Running { .. }
+        | RedirectError::NotTheLock { .. }
         | RedirectError::NotTheRoot { .. }
         | RedirectError::NoCgroup2
         | RedirectError::Load { .. }

@@ -11,7 +11,7 @@ use crate::model::{OutboundPolicy, TrustDomain};
 use crate::telemetry::{LogFormat, logging};
 
 /// What the machine says of itself; a parameter, so that the checks can be tested.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Machine {
     pub hostname: String,
     pub cores: usize,
@@ -24,9 +24,13 @@ pub struct Node {
     pub source: Source,
     pub state_dir: PathBuf,
     pub admin_socket: PathBuf,
+    /// `None`: no CNI plugin, and pods that start do not wait.
+    pub cni: Option<Cni>,
     /// Never 0.
     pub workers: usize,
     pub drain_timeout: Duration,
+    /// From an agent that runs; else it is an error that there is one.
+    pub take_over: bool,
     pub ca: CertificateAuthority,
     pub cert_lifetime: Duration,
     pub trust_domain: TrustDomain,
@@ -47,6 +51,16 @@ pub struct Node {
     /// `None` is off.
     pub access_log: Option<LogFormat>,
     pub logging: Logging,
+}
+
+/// The CNI plugin on the node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Cni {
+    /// The node's /etc/cni/net.d.
+    pub conf_dir: PathBuf,
+    /// The node's /opt/cni/bin.
+    pub bin_dir: PathBuf,
+    pub socket: PathBuf,
 }
 
 /// Who signs this node's certificates.
@@ -90,12 +104,18 @@ pub struct Controller {
     pub source: Source,
     pub state_dir: PathBuf,
     pub listen: SocketAddr,
+    /// These three only with Kubernetes: nobody probes a controller beside a node, whose ports they are.
+    pub webhook_address: SocketAddr,
+    pub metrics_address: SocketAddr,
+    pub readiness_address: SocketAddr,
     /// The user's own CA; `None` makes one in the state directory at the first start.
     pub ca_dir: Option<PathBuf>,
     /// Names and addresses for the controller's own certificate. Never empty: localhost where none is given.
     pub sans: Vec<String>,
     pub cert_lifetime: Duration,
     pub trust_domain: TrustDomain,
+    pub cluster_domain: String,
+    pub root_namespace: String,
     pub istio_labels: bool,
     pub logging: Logging,
 }
@@ -107,6 +127,8 @@ pub struct Cleanup {
     pub bpffs: PathBuf,
     pub cgroup: Option<PathBuf>,
     pub admin_socket: PathBuf,
+    pub state_dir: PathBuf,
+    pub cni: Option<Cni>,
     pub logging: Logging,
 }
 
@@ -159,11 +181,13 @@ impl Node {
             source: w.source()?,
             state_dir: w.path("state-dir", "/var/lib/nodemesh")?,
             admin_socket: w.admin_socket()?,
+            cni: w.cni()?,
             workers: match w.or("workers", "0", |t| value::number(t, 0, MAX_WORKERS))? {
                 0 => machine.cores.max(1),
                 n => usize::try_from(n).expect("a u32 fits"),
             },
             drain_timeout: w.or("drain-timeout", "5s", |t| value::duration_between(t, Duration::ZERO, MAX_DRAIN))?,
+            take_over: w.or("take-over", "false", value::boolean)?,
             ca: w.certificate_authority()?,
             cert_lifetime: w.cert_lifetime()?,
             trust_domain: w.trust_domain()?,
@@ -185,8 +209,8 @@ impl Node {
             host_proc: w.directory("host-proc", "/proc")?,
             kernel_log: w.or("kernel-log", "false", value::boolean)?,
             orig_dst_entries: w.or("orig-dst-entries", "65536", |t| value::number(t, 1, MAX_ORIG_DST_ENTRIES))?,
-            metrics_address: w.or("metrics-address", "0.0.0.0:15020", value::address)?,
-            readiness_address: w.or("readiness-address", "0.0.0.0:15021", value::address)?,
+            metrics_address: w.metrics_address()?,
+            readiness_address: w.readiness_address()?,
             access_log: w.or("access-log", "text", |t| match t {
                 "off" => Ok(None),
                 "text" => Ok(Some(LogFormat::Text)),
@@ -202,6 +226,12 @@ impl Node {
                 node.metrics_address
             )));
         }
+        if node.take_over && node.ca == CertificateAuthority::Embedded {
+            let (one, other) = (written.place("take-over"), written.place("embedded-ca"));
+            return Err(ConfigError(format!(
+                "{one} and {other} exclude each other: one CA has one process; give --ca-address of a controller"
+            )));
+        }
         Ok(node)
     }
 }
@@ -209,7 +239,14 @@ impl Node {
 impl Controller {
     pub fn check(written: &Written) -> Result<Self, ConfigError> {
         let controller = Self::check_for_tools(written)?;
-        Ok(Self { source: Reader(written).source()?, ..controller })
+        let source = Reader(written).source()?;
+        if matches!(source, Source::Kubernetes(_)) && controller.ca_dir.is_some() {
+            return Err(ConfigError(format!(
+                "{} is for a controller outside Kubernetes: put your own CA into the Secret nodemesh-ca",
+                written.place("ca-dir")
+            )));
+        }
+        Ok(Self { source, ..controller })
     }
 
     /// For `token`, `revoke-token` and `rotate-root`, which read no manifests: those need not be there.
@@ -219,6 +256,9 @@ impl Controller {
             source: Source::Directory(w.path("config-dir", DEFAULT_CONFIG_DIR)?),
             state_dir: w.path("state-dir", "/var/lib/nodemesh")?,
             listen: w.or("listen", "0.0.0.0:15012", value::address)?,
+            webhook_address: w.or("webhook-address", "0.0.0.0:15017", value::address)?,
+            metrics_address: w.metrics_address()?,
+            readiness_address: w.readiness_address()?,
             ca_dir: w.optional_directory("ca-dir")?,
             sans: match w.every("san", |t| match t.parse::<IpAddr>() {
                 Ok(_) => Ok(t.to_owned()),
@@ -229,6 +269,8 @@ impl Controller {
             },
             cert_lifetime: w.cert_lifetime()?,
             trust_domain: w.trust_domain()?,
+            cluster_domain: w.cluster_domain()?,
+            root_namespace: w.root_namespace()?,
             istio_labels: w.istio_labels()?,
             logging: w.logging()?,
         })
@@ -243,6 +285,8 @@ impl Cleanup {
             bpffs: w.path("bpffs", "/sys/fs/bpf")?,
             cgroup: w.optional_directory("cgroup")?,
             admin_socket: w.admin_socket()?,
+            state_dir: w.path("state-dir", "/var/lib/nodemesh")?,
+            cni: w.cni()?,
             logging: w.logging()?,
         })
     }
@@ -324,12 +368,33 @@ impl Reader<'_> {
     }
 
     fn admin_socket(&self) -> Result<PathBuf, ConfigError> {
-        let path = self.path("admin-socket", "/run/nodemesh/admin.sock")?;
+        self.socket("admin-socket", "/run/nodemesh/admin.sock")
+    }
+
+    fn cni(&self) -> Result<Option<Cni>, ConfigError> {
+        let socket = self.socket("cni-socket", "/run/nodemesh/cni.sock")?;
+        let (conf_dir, bin_dir) = (self.optional_directory("cni-conf-dir")?, self.optional_directory("cni-bin-dir")?);
+        match (conf_dir, bin_dir) {
+            (None, None) => Ok(None),
+            (Some(conf_dir), Some(bin_dir)) => Ok(Some(Cni { conf_dir, bin_dir, socket })),
+            (Some(_), None) => Err(ConfigError(format!(
+                "{} needs --cni-bin-dir: the node's folder of CNI plugins, such as /opt/cni/bin",
+                self.0.place("cni-conf-dir")
+            ))),
+            (None, Some(_)) => Err(ConfigError(format!(
+                "{} needs --cni-conf-dir: the node's folder of CNI configurations, such as /etc/cni/net.d",
+                self.0.place("cni-bin-dir")
+            ))),
+        }
+    }
+
+    fn socket(&self, name: &'static str, default: &str) -> Result<PathBuf, ConfigError> {
+        let path = self.path(name, default)?;
         let length = path.as_os_str().len();
         if length > MAX_SOCKET_PATH {
             let problem =
                 format!("{length} bytes are too long for a Unix socket; use a path of up to {MAX_SOCKET_PATH}");
-            return Err(self.error("admin-socket", &problem));
+            return Err(self.error(name, &problem));
         }
         Ok(path)
     }
@@ -413,6 +478,14 @@ impl Reader<'_> {
 
     fn trust_domain(&self) -> Result<TrustDomain, ConfigError> {
         self.or("trust-domain", "cluster.local", |t| TrustDomain::new(t).map_err(|e| e.to_string()))
+    }
+
+    fn metrics_address(&self) -> Result<SocketAddr, ConfigError> {
+        self.or("metrics-address", "0.0.0.0:15020", value::address)
+    }
+
+    fn readiness_address(&self) -> Result<SocketAddr, ConfigError> {
+        self.or("readiness-address", "0.0.0.0:15021", value::address)
     }
 
     fn logging(&self) -> Result<Logging, ConfigError> {

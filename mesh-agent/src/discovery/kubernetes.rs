@@ -4,9 +4,11 @@
 //! whose CustomResourceDefinition is not installed has no objects. When the API server is away, everything stays as it
 //! was; a Problem says so, and goes when it answers again.
 //!
-//! No object is kept, nor a page of them for longer than it takes to read it: `Live` keeps what is needed of each.
+//! No object is kept, nor a page of them for longer than it takes to read it: `Live` keeps what is needed of each. Only the
+//! pods of this node are, for the hints of the CNI plugin.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::{Duration, Instant};
 
@@ -15,6 +17,7 @@ use serde_json::Value;
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
+use super::hints::{self, Held, Hint};
 use super::of_source;
 use super::store::Publisher;
 use crate::api_server::{ApiError, ApiServer, Change, Kind, watch};
@@ -36,35 +39,64 @@ const TICK: Duration = Duration::from_secs(1);
 /// Changes that wait to be taken; whoever has more waits.
 const WAITING: usize = 64;
 
+/// The annotation that this agent writes, and compares with what it should be.
+const SHOWN: &str = "nodemesh.io/status";
+
 /// What is read from the API. Of each group the version that all releases of the last years serve.
 const KINDS: &[(Kind, Table)] = &[
     (Kind::NAMESPACE, Table::Namespace),
     (Kind::NODE, Table::Node),
     (Kind::POD, Table::Pod),
+    (Kind::RUNTIME_CLASS, Table::RuntimeClass),
     (Kind::SERVICE, Table::Service),
     (Kind::ENDPOINT_SLICE, Table::EndpointSlice),
     (Kind::PEER_AUTHENTICATION, Table::PeerAuthentication),
     (Kind::AUTHORIZATION_POLICY, Table::AuthorizationPolicy),
 ];
 
-/// What the watching tasks tell the discovery thread.
-pub(super) type Heard = (usize, Change);
+/// What the discovery thread is told.
+#[derive(Debug)]
+pub(super) enum Word {
+    /// Something of the kind with this index.
+    Changed(usize, Change),
+    Hint(Hint),
+    /// Other settings, and what is wrong with those that their source has now.
+    Settings(Box<Settings>, Vec<Problem>),
+}
 
-/// Starts to watch. What is heard comes out of the other end, until that is dropped.
-pub(super) fn listen(server: &ApiServer) -> mpsc::Receiver<Heard> {
-    let (tell, heard) = mpsc::channel(WAITING);
+/// Where the discovery thread hears. What comes from the API server is bounded; what others say is little, and they must
+/// not wait.
+pub(super) struct Ears {
+    changes: mpsc::Receiver<Word>,
+    others: mpsc::UnboundedReceiver<Word>,
+}
+
+/// Starts to watch, until the ears are dropped. The other end is for what is not heard from the API server.
+pub(super) fn listen(server: &ApiServer) -> (mpsc::UnboundedSender<Word>, Ears) {
+    let (tell, changes) = mpsc::channel(WAITING);
     for (index, (kind, _)) in KINDS.iter().enumerate() {
         let mut changes = Box::pin(watch(server, kind, None, ""));
         let tell = tell.clone();
         tokio::spawn(async move {
             while let Some(change) = changes.next().await {
-                if tell.send((index, change)).await.is_err() {
+                if tell.send(Word::Changed(index, change)).await.is_err() {
                     return;
                 }
             }
         });
     }
-    heard
+    let (others_tell, others) = mpsc::unbounded_channel();
+    (others_tell, Ears { changes, others })
+}
+
+impl Ears {
+    async fn next(&mut self) -> Option<Word> {
+        tokio::select! {
+            biased;
+            Some(word) = self.others.recv() => Some(word),
+            word = self.changes.recv() => word,
+        }
+    }
 }
 
 /// Takes what is heard and publishes what comes of it, until the other end of `watching` is gone. The calling thread works
@@ -72,12 +104,12 @@ pub(super) fn listen(server: &ApiServer) -> mpsc::Receiver<Heard> {
 pub(super) fn follow(
     mut cluster: Cluster,
     runtime: &Handle,
-    mut heard: mpsc::Receiver<Heard>,
+    mut ears: Ears,
     publisher: &Publisher,
     watching: &Receiver<()>,
 ) {
     let mut rested = Instant::now();
-    while let Some(changed) = cluster.wait(runtime, &mut heard, rested) {
+    while let Some(changed) = cluster.wait(runtime, &mut ears, rested) {
         if watching.try_recv() == Err(TryRecvError::Disconnected) {
             return;
         }
@@ -96,6 +128,12 @@ pub(super) struct Cluster {
     live: Live,
     /// What is wrong with objects.
     problems: Vec<Problem>,
+    /// What is wrong with the settings as their source has them now.
+    of_settings: Vec<Problem>,
+    node: Option<Arc<str>>,
+    /// The pods of this node as they are in force.
+    own: BTreeMap<Name, Value>,
+    hints: Held,
 }
 
 #[derive(Default)]
@@ -110,12 +148,21 @@ struct Listed {
 impl Cluster {
     pub fn new(url: &str, settings: Settings) -> Self {
         let kinds = KINDS.iter().map(|_| Listed::default()).collect();
-        Self { url: url.to_owned(), kinds, live: Live::new(settings), problems: Vec::new() }
+        Self {
+            url: url.to_owned(),
+            kinds,
+            node: settings.node.clone(),
+            live: Live::new(settings),
+            problems: Vec::new(),
+            of_settings: Vec::new(),
+            own: BTreeMap::new(),
+            hints: Held::default(),
+        }
     }
 
     /// Takes changes until they are to be handed on, not before `rested`; says whether there is anything new, or `None` at
     /// the end.
-    fn wait(&mut self, runtime: &Handle, heard: &mut mpsc::Receiver<Heard>, rested: Instant) -> Option<bool> {
+    fn wait(&mut self, runtime: &Handle, ears: &mut Ears, rested: Instant) -> Option<bool> {
         let mut first = None;
         loop {
             let now = Instant::now();
@@ -126,9 +173,9 @@ impl Cluster {
             if left.is_zero() {
                 return Some(true);
             }
-            match runtime.block_on(async { tokio::time::timeout(left, heard.recv()).await }) {
-                Ok(Some(change)) => {
-                    if self.take(change) {
+            match runtime.block_on(async { tokio::time::timeout(left, ears.next()).await }) {
+                Ok(Some(word)) => {
+                    if self.hear(word) {
                         first.get_or_insert_with(Instant::now);
                     }
                 }
@@ -140,15 +187,88 @@ impl Cluster {
     }
 
     /// Says whether anything may be different now.
-    fn take(&mut self, (index, change): Heard) -> bool {
-        let Self { kinds, live, .. } = self;
-        let (listed, table) = (&mut kinds[index], KINDS[index].1);
+    fn hear(&mut self, word: Word) -> bool {
+        match word {
+            Word::Changed(index, change) => self.change(index, change),
+            Word::Settings(settings, problems) => {
+                self.live.set_settings(*settings);
+                self.of_settings = problems;
+                true
+            }
+            Word::Hint(hint) => self.take_hint(hint),
+        }
+    }
+
+    fn take_hint(&mut self, hint: Hint) -> bool {
+        let known = |own: &BTreeMap<Name, Value>, namespace: &str, name: &str, uid: &str| {
+            own.get(&(namespace.into(), name.into())).filter(|pod| hints::uid(pod) == uid).cloned()
+        };
+        let pod = match hint {
+            Hint::Addresses { namespace, name, uid, addresses } => {
+                let known = known(&self.own, &namespace, &name, &uid);
+                if !self.hints.add(uid, &addresses, known.as_ref()) {
+                    return false;
+                }
+                known.map(|mut pod| {
+                    self.hints.adorn(&mut pod);
+                    pod
+                })
+            }
+            Hint::Withdrawn { namespace, name, uid, addresses } => {
+                let before = self.hints.withdraw(&uid, &addresses);
+                before.zip(known(&self.own, &namespace, &name, &uid)).map(|(before, mut pod)| {
+                    hints::set(&mut pod, &before);
+                    pod
+                })
+            }
+            // Where there is no hint any more, the pod has gone meanwhile.
+            Hint::Found(mut pod) if self.hints.has(hints::uid(&pod)) => {
+                self.hints.adorn(&mut pod);
+                let is_new = object(pod.clone()).is_some_and(|o| !self.live.has(Table::Pod, &name(&o)));
+                is_new.then_some(pod)
+            }
+            Hint::Found(_) => None,
+        };
+        let Some(object) = pod.and_then(object) else { return false };
+        self.put(&object);
+        self.kinds.iter().zip(KINDS).any(|(listed, (_, table))| *table == Table::Pod && listed.known)
+    }
+
+    fn put(&mut self, object: &Object) {
+        self.live.put(object);
+        if object.kind() != "Pod" {
+            return;
+        }
+        let node = object.value().pointer("/spec/nodeName").and_then(Value::as_str);
+        match self.node.is_some() && node == self.node.as_deref() {
+            true => drop(self.own.insert(name(object), object.value().clone())),
+            false => drop(self.own.remove(&name(object))),
+        }
+    }
+
+    fn remove(&mut self, table: Table, name: Name) {
+        if table == Table::Pod {
+            self.own.remove(&name);
+        }
+        self.live.remove(table, name);
+    }
+
+    /// Says whether anything may be different now.
+    fn change(&mut self, index: usize, mut change: Change) -> bool {
+        let table = KINDS[index].1;
+        match &mut change {
+            Change::Listed(pod) | Change::Applied(pod) if table == Table::Pod => self.hints.adorn(pod),
+            Change::Deleted(pod) if table == Table::Pod => self.hints.forget(hints::uid(pod)),
+            _ => {}
+        }
+        let listed = &mut self.kinds[index];
         if !matches!(change, Change::Failed(_)) {
             listed.failure = None;
         }
+        let known = listed.known;
         match change {
             Change::Begin => {
-                listed.missing = Some(live.names(table));
+                listed.missing = Some(self.live.names(table));
                 false
             }
             Change::Listed(value) | Change::Applied(value) => {
@@ -156,26 +276,26 @@ impl Cluster {
                 if let Some(missing) = &mut listed.missing {
                     missing.remove(&name(&object));
                 }
-                live.put(&object);
-                listed.known
+                self.put(&object);
+                known
             }
             Change::Complete => {
-                let gone = listed.missing.take().unwrap_or_default();
-                gone.into_iter().for_each(|name| live.remove(table, name));
                 listed.known = true;
+                let gone = listed.missing.take().unwrap_or_default();
+                gone.into_iter().for_each(|name| self.remove(table, name));
                 true
             }
             Change::Deleted(value) => {
                 let Some(object) = object(value) else { return false };
-                live.remove(table, name(&object));
-                listed.known
+                self.remove(table, name(&object));
+                known
             }
             // The list or watch of a kind that is not installed.
             Change::Failed(ApiError::NotFound { .. }) => {
-                let gone = live.names(table);
-                let new = !listed.known || !gone.is_empty();
-                gone.into_iter().for_each(|name| live.remove(table, name));
                 *listed = Listed { known: true, ..Listed::default() };
+                let gone = self.live.names(table);
+                let new = !known || !gone.is_empty();
+                gone.into_iter().for_each(|name| self.remove(table, name));
                 new
             }
             Change::Failed(error) => {
@@ -205,17 +325,19 @@ impl Cluster {
     fn publish(&mut self, publisher: &Publisher) {
         if self.is_known() {
             let before = publisher.snapshot();
-            match self.live.snapshot(&before) {
+            let next = self.live.snapshot(&before);
+            publisher.tell_of_pods(self.live.node_pods());
+            match next {
                 Some(next) => publisher.publish(next),
                 // Who waits for a generation waits for the first answer.
-                None if before.generation() == 0 => publisher.publish(before.next()),
+                None if before.generation() == 0 => publisher.publish(before.next(before.settings().clone())),
                 None => {}
             }
             if let Some(problems) = self.live.problems() {
                 self.problems = problems;
             }
         }
-        publisher.tell([self.of_source(), self.problems.clone()].concat());
+        publisher.tell([self.of_source(), self.of_settings.clone(), self.problems.clone()].concat());
     }
 
     /// Whether every kind has been listed.
@@ -255,19 +377,35 @@ fn name(object: &Object) -> Name {
 
 /// `None` for what is no object, which the API server does not give.
 fn object(mut value: Value) -> Option<Object> {
-    if value.get("kind").and_then(Value::as_str) == Some("Pod")
-        && let Some(Value::Object(metadata)) = value.get_mut("metadata")
-    {
-        // They are any pod owner's to write, and could name another's network namespace.
-        metadata.remove("annotations");
+    if value.get("kind").and_then(Value::as_str) == Some("Pod") {
+        trim(&mut value);
     }
     Object::from_value("", value).ok()?.into_iter().next()
 }
 
+/// Takes away from a pod what nobody reads and is large.
+fn trim(pod: &mut Value) {
+    let mut keep = |at: &str, keys: &[&str]| {
+        if let Some(Value::Object(map)) = pod.pointer_mut(at) {
+            map.retain(|key, _| keys.contains(&key.as_str()));
+        }
+    };
+    // Others are any pod owner's to write, and could name another's network namespace.
+    keep("/metadata/annotations", &[SHOWN]);
+    let spec = ["nodeName", "serviceAccountName", "serviceAccount", "hostNetwork", "runtimeClassName", "containers"];
+    keep("/spec", &spec);
+    keep("/status", &["phase", "podIP", "podIPs", "conditions"]);
+    if let Some(Value::Array(containers)) = pod.pointer_mut("/spec/containers") {
+        for container in containers {
+            if let Value::Object(map) = container {
+                map.retain(|key, _| key == "ports");
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use serde_json::json;
 
     use super::super::store::Published;
@@ -276,11 +414,13 @@ mod tests {
 
     fn pod(name: &str, ip: &str) -> Value {
         json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "namespace": "shop", "uid": name,
-            "annotations": {"nodemesh.io/netns": "no path"}}, "status": {"podIP": ip}})
+            "annotations": {"nodemesh.io/netns": "no path"}},
+            "spec": {"nodeName": "n1", "containers": [{"name": "c", "env": [{"name": "SECRET", "value": "s"}]}]},
+            "status": {"podIP": ip}})
     }
 
     const POD: usize = 2;
-    const POLICY: usize = 6;
+    const POLICY: usize = 7;
 
     /// A cluster that has said of all kinds that there is nothing, and what came of it.
     struct Test {
@@ -291,7 +431,8 @@ mod tests {
 
     impl Test {
         fn new() -> Self {
-            let settings = Settings::new(TrustDomain::new("cluster.local").unwrap());
+            let mut settings = Settings::new(TrustDomain::new("cluster.local").unwrap());
+            settings.node = Some("n1".into());
             let (publisher, published) = Publisher::new(&settings);
             Self { cluster: Cluster::new("https://api", settings), publisher, published }
         }
@@ -306,7 +447,11 @@ mod tests {
         }
 
         fn take(&mut self, index: usize, change: Change) -> bool {
-            let changed = self.cluster.take((index, change));
+            self.hear(Word::Changed(index, change))
+        }
+
+        fn hear(&mut self, word: Word) -> bool {
+            let changed = self.cluster.hear(word);
             self.cluster.publish(&self.publisher);
             changed
         }
@@ -410,5 +555,73 @@ mod tests {
             test.take(index, Change::Begin);
         }
         assert!(test.problems().is_empty());
+    }
+
+    #[test]
+    fn a_hint_makes_a_pod_known_at_its_address_before_the_api_server_does() {
+        let mut test = Test::known();
+        let mut starting = pod("a", "");
+        let of = |test: &Test| test.snapshot().workloads().map(|w| w.addresses[0].to_string()).collect::<Vec<_>>();
+        let (namespace, name, uid) = ("shop".to_owned(), "a".to_owned(), "a".to_owned());
+        let hint = || Hint::Addresses {
+            namespace: namespace.clone(),
+            name: name.clone(),
+            uid: uid.clone(),
+            addresses: vec!["10.0.0.1".parse().unwrap()],
+        };
+        // The hint first, as when the watch lags behind; then the pod, asked for alone.
+        assert!(!test.hear(Word::Hint(hint())));
+        assert!(test.hear(Word::Hint(Hint::Found(starting.clone()))));
+        assert_eq!(of(&test), ["10.0.0.1"]);
+        test.take(POD, Change::Applied(starting.clone()));
+        assert_eq!(of(&test), ["10.0.0.1"], "the watch has none yet");
+        starting["status"] = json!({"podIPs": [{"ip": "10.0.0.2"}]});
+        test.take(POD, Change::Applied(starting.clone()));
+        assert_eq!(of(&test), ["10.0.0.2"]);
+        // A new sandbox, and its end.
+        assert!(test.hear(Word::Hint(hint())));
+        assert_eq!(of(&test), ["10.0.0.1"]);
+        let addresses = vec!["10.0.0.1".parse().unwrap()];
+        let (namespace, name, uid) = (namespace.clone(), name.clone(), uid.clone());
+        assert!(test.hear(Word::Hint(Hint::Withdrawn { namespace, name, uid, addresses })));
+        assert_eq!(of(&test), ["10.0.0.2"]);
+        // A pod that is gone stays so.
+        test.hear(Word::Hint(hint()));
+        test.take(POD, Change::Deleted(starting.clone()));
+        assert!(!test.hear(Word::Hint(Hint::Found(starting))));
+        assert!(of(&test).is_empty());
+    }
+
+    #[test]
+    fn of_pods_only_those_of_this_node_are_kept_and_without_what_nobody_reads() {
+        let mut test = Test::known();
+        test.take(POD, Change::Applied(pod("a", "10.0.0.1")));
+        let mut elsewhere = pod("b", "10.0.0.2");
+        elsewhere["spec"]["nodeName"] = json!("n2");
+        test.take(POD, Change::Applied(elsewhere));
+        assert_eq!(test.pods(), ["a", "b"]);
+        let kept: Vec<_> = test.cluster.own.values().map(Value::to_string).collect();
+        assert_eq!(kept.len(), 1);
+        for gone in ["SECRET", "netns"] {
+            assert!(!kept[0].contains(gone), "{kept:?}");
+        }
+        test.take(POD, Change::Deleted(pod("a", "10.0.0.1")));
+        assert!(test.cluster.own.is_empty());
+    }
+
+    #[test]
+    fn other_settings_mean_something_else_at_once() {
+        let mut test = Test::known();
+        let mut labelled = pod("a", "10.0.0.1");
+        labelled["metadata"]["labels"] = json!({"istio.io/dataplane-mode": "ambient"});
+        test.take(POD, Change::Applied(labelled));
+        let transport = |test: &Test| test.snapshot().workload("a").unwrap().transport;
+        assert_eq!(transport(&test), crate::model::Transport::Plain);
+        let mut settings = Settings::new(TrustDomain::new("cluster.local").unwrap());
+        (settings.node, settings.istio_labels) = (Some("n1".into()), true);
+        settings.outbound = crate::model::OutboundPolicy::RegistryOnly;
+        test.hear(Word::Settings(Box::new(settings), Vec::new()));
+        assert_eq!(transport(&test), crate::model::Transport::Hbone);
+        assert_eq!(test.snapshot().settings().outbound, crate::model::OutboundPolicy::RegistryOnly);
     }
 }

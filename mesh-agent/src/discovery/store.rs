@@ -5,7 +5,7 @@ use std::sync::Arc;
 use arc_swap::ArcSwap;
 use tokio::sync::watch;
 
-use crate::model::{MeshSettings, Problem, Snapshot};
+use crate::model::{MeshSettings, NodePods, Problem, Snapshot};
 use crate::translate::{Memory, Object, Settings, Translation, translate};
 
 /// For a source that knows all its objects at any time.
@@ -20,6 +20,7 @@ pub(super) struct Publisher {
     snapshot: Arc<ArcSwap<Snapshot>>,
     changed: watch::Sender<u64>,
     problems: watch::Sender<Arc<Vec<Problem>>>,
+    node_pods: watch::Sender<Arc<NodePods>>,
 }
 
 /// The reading ends.
@@ -27,6 +28,7 @@ pub(super) struct Published {
     pub snapshot: Arc<ArcSwap<Snapshot>>,
     pub changed: watch::Receiver<u64>,
     pub problems: watch::Receiver<Arc<Vec<Problem>>>,
+    pub node_pods: watch::Receiver<Arc<NodePods>>,
 }
 
 impl Store {
@@ -44,9 +46,10 @@ impl Store {
 
     /// Takes all objects there are now, and what the source has to report itself.
     pub fn take(&mut self, objects: &[Object], of_source: Vec<Problem>) {
-        let Translation { parts, mut problems, memory } = translate(&self.settings, objects, &self.memory);
+        let Translation { parts, node_pods, mut problems, memory } = translate(&self.settings, objects, &self.memory);
         self.memory = memory;
         problems.extend(of_source);
+        self.publisher.tell_of_pods(node_pods);
         let before = self.publisher.snapshot();
         let next = Snapshot::new(before.generation() + 1, parts);
         // The first one is published even if it is empty: who waits for a generation waits for the first answer.
@@ -63,8 +66,14 @@ impl Publisher {
         let snapshot = Arc::new(ArcSwap::from_pointee(Snapshot::empty(mesh)));
         let (changed, changed_rx) = watch::channel(0);
         let (problems, problems_rx) = watch::channel(Arc::default());
-        let published = Published { snapshot: snapshot.clone(), changed: changed_rx, problems: problems_rx };
-        (Self { snapshot, changed, problems }, published)
+        let (node_pods, node_pods_rx) = watch::channel(Arc::default());
+        let published = Published {
+            snapshot: snapshot.clone(),
+            changed: changed_rx,
+            problems: problems_rx,
+            node_pods: node_pods_rx,
+        };
+        (Self { snapshot, changed, problems, node_pods }, published)
     }
 
     pub fn snapshot(&self) -> Arc<Snapshot> {
@@ -79,12 +88,22 @@ impl Publisher {
     pub fn tell(&self, mut problems: Vec<Problem>) {
         problems.sort();
         problems.dedup();
-        self.problems.send_if_modified(|known| {
-            let new = **known != problems;
-            if new {
-                *known = Arc::new(problems);
-            }
-            new
-        });
+        send(&self.problems, problems);
     }
+
+    /// To be told before a snapshot of the same objects.
+    pub fn tell_of_pods(&self, node_pods: NodePods) {
+        send(&self.node_pods, node_pods);
+    }
+}
+
+/// Only what is new.
+fn send<T: PartialEq>(to: &watch::Sender<Arc<T>>, value: T) {
+    to.send_if_modified(|known| {
+        let new = **known != value;
+        if new {
+            *known = Arc::new(value);
+        }
+        new
+    });
 }

@@ -7,7 +7,7 @@ use super::Netns;
 
 /// Both ends of a TCP connection, as /proc/net/tcp prints them.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct Tuple(String);
+pub struct Tuple(pub String);
 
 /// TCP_ESTABLISHED, as /proc/net/tcp prints it.
 const ESTABLISHED: &str = "01";

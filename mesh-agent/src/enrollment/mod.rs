@@ -1,6 +1,7 @@
 //! Pods join and leave the mesh while they run.
 
 mod find;
+mod handed;
 mod legacy;
 mod netns;
 mod pods;
@@ -8,6 +9,8 @@ mod routes;
 pub mod sockets;
 
 pub use find::{FindError, Places, Processes};
-pub use netns::{Netns, NetnsError, see_host_proc};
-pub use pods::{EnrolledPod, Enrollment, Inputs, PodEvent, PodStatus, Settled};
+pub use handed::{Handed, Order};
+pub use legacy::Tuple;
+pub use netns::{Netns, NetnsError, NetnsId, see_host_proc};
+pub use pods::{EnrolledPod, Enrollment, Inputs, Listeners, PodEvent, PodStatus, Settled};
 pub use routes::{RoutesError, restore_all};

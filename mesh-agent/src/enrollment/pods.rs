@@ -6,13 +6,15 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use serde::{Deserialize, Serialize};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
 
+use super::handed::{Handed, Order, Stage};
 use super::legacy::{self, Tuple};
-use super::{FindError, Netns, NetnsError, Places, RoutesError, routes};
+use super::{FindError, Netns, NetnsError, NetnsId, Places, RoutesError, routes};
 use crate::identity::Certificates;
 use crate::model::{Problem, Severity, Snapshot, SpiffeId, Transport, Workload};
 use crate::redirect::{PodEntry, Redirect, RedirectError};
@@ -20,12 +22,19 @@ use crate::redirect::{PodEntry, Redirect, RedirectError};
 /// How often what failed is tried again, vanished namespaces are looked for and old connections are counted.
 const TICK: Duration = Duration::from_secs(1);
 
-/// A pod of this node with its listeners, all inside its own netns, non-blocking.
+/// A pod of this node with its listeners.
 #[derive(Debug)]
 pub struct EnrolledPod {
     /// As it was when enrolled; the data path looks the present one up in the snapshot by uid.
     pub workload: Arc<Workload>,
     pub netns: Arc<Netns>,
+    /// None any more where another agent has them.
+    listeners: ArcSwapOption<Listeners>,
+}
+
+/// A pod's listeners, inside its own netns, non-blocking.
+#[derive(Debug)]
+pub struct Listeners {
     /// Port 15001: the pod's own connections, redirected.
     pub outbound: TcpListener,
     /// Port 15006: plaintext from outside; the local address of an accepted socket is the one the client asked for.
@@ -35,12 +44,26 @@ pub struct EnrolledPod {
 }
 
 impl EnrolledPod {
+    pub(super) fn new(workload: Arc<Workload>, netns: Arc<Netns>, listeners: Arc<Listeners>) -> Self {
+        Self { workload, netns, listeners: Some(listeners).into() }
+    }
+
+    pub fn listeners(&self) -> Option<Arc<Listeners>> {
+        self.listeners.load_full()
+    }
+
     /// Listens no more, though connections of the pod still hold this: whoever listens next finds the ports free, and until
     /// then connections are refused.
     pub fn stop_listening(&self) {
-        for listener in [&self.outbound, &self.plain, &self.hbone] {
+        let Some(listeners) = self.listeners() else { return };
+        for listener in [&listeners.outbound, &listeners.plain, &listeners.hbone] {
             let _ = rustix::net::shutdown(listener, rustix::net::Shutdown::Read);
         }
+    }
+
+    /// Lets go of the listeners, which another agent has too: it alone, then.
+    pub fn close_listeners(&self) {
+        self.listeners.store(None);
     }
 }
 
@@ -67,6 +90,14 @@ pub struct PodStatus {
     pub problem: Option<String>,
     /// Connections older than the enrolment that still run, untouched and outside the mesh.
     pub legacy_connections: u64,
+    /// Of an enrolled pod: where. Means nothing to other processes.
+    #[serde(skip)]
+    pub netns: Option<NetnsId>,
+}
+
+impl PodStatus {
+    /// The problem of a pod that has just come.
+    pub const JOINING: &str = "it is being taken in";
 }
 
 /// What enrolment is given.
@@ -85,9 +116,17 @@ pub struct Inputs {
 
 /// Keeps pods enrolled as the snapshot says.
 pub struct Enrollment {
-    inputs: Inputs,
-    statuses: Arc<ArcSwap<Vec<PodStatus>>>,
+    pub(super) inputs: Inputs,
+    statuses: watch::Sender<Arc<Vec<PodStatus>>>,
     settled: watch::Sender<bool>,
+    /// From an agent before, until `run` begins.
+    pub(super) handed: Vec<Handed>,
+    orders: mpsc::UnboundedReceiver<Order>,
+    order: mpsc::UnboundedSender<Order>,
+    /// Cancelled to freeze: whoever waits for a certificate shall wait no longer.
+    freeze: CancellationToken,
+    /// Another agent has the pods.
+    yielded: bool,
 }
 
 /// Told when the pods that were there at the start have been taken in, or have failed.
@@ -101,12 +140,12 @@ impl Settled {
 }
 
 /// One local, enabled pod.
-struct Pod {
-    workload: Arc<Workload>,
-    state: State,
+pub(super) struct Pod {
+    pub workload: Arc<Workload>,
+    pub state: State,
 }
 
-enum State {
+pub(super) enum State {
     /// A task is at it; what hindered it before, if something did.
     Joining(Option<String>),
     /// Waits for the next tick.
@@ -120,7 +159,7 @@ enum State {
 }
 
 #[derive(Debug, thiserror::Error)]
-enum JoinError {
+pub(super) enum JoinError {
     #[error(transparent)]
     Find(#[from] FindError),
     #[error(transparent)]
@@ -133,22 +172,39 @@ enum JoinError {
     Certificate(String),
     #[error("cannot count the pod's connections: {0}")]
     Legacy(std::io::Error),
+    #[error("another agent is taking over")]
+    Frozen,
 }
 
 type Joined = (Arc<Workload>, Result<(Arc<EnrolledPod>, HashSet<Tuple>), JoinError>);
 
 impl Enrollment {
     pub fn new(inputs: Inputs) -> Self {
-        Self { inputs, statuses: Arc::default(), settled: watch::Sender::new(false) }
+        let (order, orders) = mpsc::unbounded_channel();
+        Self {
+            inputs,
+            statuses: watch::Sender::default(),
+            settled: watch::Sender::new(false),
+            handed: Vec::new(),
+            orders,
+            order,
+            freeze: CancellationToken::new(),
+            yielded: false,
+        }
     }
 
     /// The pods as they stand, by namespace and name; swapped as a whole.
-    pub fn statuses(&self) -> Arc<ArcSwap<Vec<PodStatus>>> {
-        self.statuses.clone()
+    pub fn statuses(&self) -> watch::Receiver<Arc<Vec<PodStatus>>> {
+        self.statuses.subscribe()
     }
 
     pub fn settled(&self) -> Settled {
         Settled(self.settled.subscribe())
+    }
+
+    /// Where to tell that another agent takes over.
+    pub fn orders(&self) -> mpsc::UnboundedSender<Order> {
+        self.order.clone()
     }
 
     /// Enrols and lets go, until dropped. Pods that are enrolled then stay so in the kernel: nothing passes without an agent.
@@ -157,10 +213,23 @@ impl Enrollment {
         let mut joining: JoinSet<Joined> = JoinSet::new();
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let mut settled = false;
+        let (mut settled, mut stage) = (false, Stage::Serving);
+        self.adopt_all(&mut pods).await;
         loop {
-            self.reconcile(&mut pods, &mut joining);
-            if !settled && joining.is_empty() {
+            stage = match stage {
+                Stage::Serving | Stage::Yielded => {
+                    self.reconcile(&mut pods, &mut joining);
+                    stage
+                }
+                Stage::Freezing(reply) if joining.is_empty() => {
+                    // Who asked may have gone; it says so.
+                    let _ = reply.send(Self::to_hand_over(&pods));
+                    Stage::Frozen
+                }
+                Stage::Freezing(_) | Stage::Frozen => stage,
+            };
+            let serving = matches!(stage, Stage::Serving);
+            if serving && !settled && joining.is_empty() {
                 // Those whom an agent before us enrolled, and who are wanted no more.
                 self.let_strangers_go();
                 settled = true;
@@ -172,7 +241,7 @@ impl Enrollment {
                     if changed.is_err() {
                         return;
                     }
-                    if settled {
+                    if settled && serving {
                         self.let_strangers_go();
                     }
                 }
@@ -180,25 +249,56 @@ impl Enrollment {
                     Ok((workload, result)) => self.joined(&mut pods, workload, result),
                     Err(e) => tracing::error!("a pod's enrolment panicked: {e}"),
                 },
-                _ = tick.tick() => self.look_after(&mut pods),
+                _ = tick.tick() => match stage {
+                    Stage::Serving | Stage::Yielded => self.look_after(&mut pods),
+                    Stage::Freezing(_) | Stage::Frozen => {}
+                },
+                Some(order) = self.orders.recv() => stage = self.obey(order),
             }
         }
+    }
+
+    fn obey(&mut self, order: Order) -> Stage {
+        match order {
+            Order::Freeze(reply) => {
+                self.freeze.cancel();
+                Stage::Freezing(reply)
+            }
+            Order::GoOn => {
+                self.freeze = CancellationToken::new();
+                Stage::Serving
+            }
+            Order::Yield => {
+                self.yielded = true;
+                Stage::Yielded
+            }
+        }
+    }
+
+    /// Whether the snapshot wants this workload enrolled here.
+    pub(super) fn is_wanted(&self, workload: &Workload) -> bool {
+        workload.is_on(&self.inputs.node)
+            && workload.transport == Transport::Hbone
+            && self.inputs.places.may_know(workload)
     }
 
     /// Starts what is missing, lets go what is not wanted.
     fn reconcile(&self, pods: &mut BTreeMap<Arc<str>, Pod>, joining: &mut JoinSet<Joined>) {
         let snapshot = self.inputs.snapshot.load_full();
-        let wanted = |w: &&Arc<Workload>| {
-            w.is_on(&self.inputs.node) && w.transport == Transport::Hbone && self.inputs.places.may_know(w)
-        };
         let wanted: BTreeMap<Arc<str>, Arc<Workload>> =
-            snapshot.judged().filter(wanted).map(|w| (w.uid.clone(), w.clone())).collect();
+            snapshot.judged().filter(|w| self.is_wanted(w)).map(|w| (w.uid.clone(), w.clone())).collect();
+        // A sandbox that was made anew: the old one's end may still go on, or is not noticed yet.
+        let moved = |uid: &str, pod: &Pod| match &pod.state {
+            State::Enrolled { pod, .. } => self.inputs.places.has_moved(uid, pod.netns.id()),
+            State::Joining(_) | State::Failed(_) | State::Due(_) => false,
+        };
         let leaving: Vec<Arc<str>> = pods
             .iter()
-            .filter(|(uid, pod)| !wanted.get(*uid).is_some_and(|w| same_place(w, &pod.workload)))
+            .filter(|(uid, pod)| moved(uid, pod) || !wanted.get(*uid).is_some_and(|w| same_place(w, &pod.workload)))
             // A Namespace that is missing for a moment, or a slip of the pen, lets nobody out.
             .filter(|(uid, pod)| {
-                !snapshot.workload(uid).is_some_and(|w| !w.mode_is_said && same_place(w, &pod.workload))
+                moved(uid, pod)
+                    || !snapshot.workload(uid).is_some_and(|w| !w.mode_is_said && same_place(w, &pod.workload))
             })
             .filter(|(_, pod)| !matches!(pod.state, State::Joining(_)))
             .map(|(uid, _)| uid.clone())
@@ -206,8 +306,11 @@ impl Enrollment {
         for uid in leaving {
             let Some(pod) = pods.remove(&uid) else { continue };
             // A pod that only left the mesh keeps its connections; one that is gone, or is another now, has none.
-            let gone = !snapshot.workload(&uid).is_some_and(|w| same_place(w, &pod.workload));
+            let gone = moved(&uid, &pod) || !snapshot.workload(&uid).is_some_and(|w| same_place(w, &pod.workload));
             self.leave(pods, pod, gone);
+        }
+        if self.yielded {
+            return;
         }
         for (uid, workload) in wanted {
             let before = match pods.get(&uid).map(|pod| &pod.state) {
@@ -216,7 +319,8 @@ impl Enrollment {
                 Some(State::Joining(_) | State::Failed(_) | State::Enrolled { .. }) => continue,
             };
             let Inputs { redirect, certificates, places, .. } = &self.inputs;
-            joining.spawn(join(workload.clone(), redirect.clone(), certificates.clone(), places.clone()));
+            let (redirect, certificates, places) = (redirect.clone(), certificates.clone(), places.clone());
+            joining.spawn(join(workload.clone(), redirect, certificates, places, self.freeze.clone()));
             pods.insert(uid, Pod { workload, state: State::Joining(before) });
         }
     }
@@ -238,7 +342,8 @@ impl Enrollment {
                 let problem = e.to_string();
                 let before = pods.get(&workload.uid).map(|pod| &pod.state);
                 // Said once, not each second.
-                if !matches!(before, Some(State::Joining(Some(said))) if *said == problem) {
+                let is_known = matches!(before, Some(State::Joining(Some(said))) if *said == problem);
+                if !is_known && !matches!(e, JoinError::Frozen) {
                     tracing::warn!(pod = name, "cannot enrol: {problem}; it is tried again each second");
                 }
                 State::Failed(problem)
@@ -247,9 +352,13 @@ impl Enrollment {
         pods.insert(workload.uid.clone(), Pod { workload, state });
     }
 
-    fn leave(&self, pods: &BTreeMap<Arc<str>, Pod>, pod: Pod, gone: bool) {
+    pub(super) fn leave(&self, pods: &BTreeMap<Arc<str>, Pod>, pod: Pod, gone: bool) {
         let Pod { workload, state } = pod;
-        if let State::Enrolled { pod, .. } = state {
+        if let State::Enrolled { .. } = state
+            && self.yielded
+        {
+            (self.inputs.events)(PodEvent::Left { uid: workload.uid.clone(), gone });
+        } else if let State::Enrolled { pod, .. } = state {
             if let Err(e) = self.inputs.redirect.unenroll(pod.netns.cookie()) {
                 tracing::error!(pod = %workload.name, "cannot take the pod out of the kernel's maps: {e}");
             }
@@ -258,7 +367,7 @@ impl Enrollment {
             if !gone {
                 // Connections that go on need the way back; it is taken away when they have ended.
                 routes::unwanted(&pod.netns);
-                tokio::task::spawn(restore_when_quiet(pod.netns.clone()));
+                tokio::task::spawn(restore_when_quiet(pod.netns.clone(), self.inputs.redirect.clone()));
             }
             tracing::info!(pod = %format!("{}/{}", workload.namespace, workload.name), gone, "left the mesh");
         }
@@ -326,9 +435,13 @@ impl Enrollment {
     fn publish(&self, pods: &BTreeMap<Arc<str>, Pod>) {
         let mut statuses: Vec<PodStatus> = pods.values().map(status).collect();
         statuses.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
-        if **self.statuses.load() != statuses {
-            self.statuses.store(Arc::new(statuses));
-        }
+        self.statuses.send_if_modified(|known| {
+            let new = **known != statuses;
+            if new {
+                *known = Arc::new(statuses);
+            }
+            new
+        });
     }
 }
 
@@ -338,9 +451,16 @@ async fn join(
     redirect: Arc<Redirect>,
     certificates: Certificates,
     places: Arc<Places>,
+    freeze: CancellationToken,
 ) -> Joined {
     let result = async {
-        certificates.ensure(&workload.identity).await.map_err(JoinError::Certificate)?;
+        tokio::select! {
+            ensured = certificates.ensure(&workload.identity) => ensured.map_err(JoinError::Certificate)?,
+            () = freeze.cancelled() => {}
+        }
+        if freeze.is_cancelled() {
+            return Err(JoinError::Frozen);
+        }
         let (workload, redirect) = (workload.clone(), redirect.clone());
         let joined = tokio::task::spawn_blocking(move || enter(workload, &redirect, &places)).await;
         joined.map_err(|e| JoinError::Legacy(std::io::Error::other(e)))?
@@ -356,23 +476,24 @@ fn enter(
 ) -> Result<(Arc<EnrolledPod>, HashSet<Tuple>), JoinError> {
     let netns = Arc::new(Netns::open(&places.find(&workload)?)?);
     routes::prepare(&netns)?;
-    let pod = EnrolledPod {
+    let listeners = Listeners {
         outbound: netns.listen(mesh_common::OUTBOUND_PORT)?,
         plain: netns.listen(mesh_common::PLAIN_PORT)?,
         hbone: netns.listen(mesh_common::HBONE_PORT)?,
-        workload,
-        netns,
     };
-    let entry = PodEntry {
-        cookie: pod.netns.cookie(),
-        addresses: pod.workload.addresses.to_vec(),
-        hbone_listener: pod.hbone.as_raw_fd(),
-        plain_listener: pod.plain.as_raw_fd(),
-    };
-    redirect.enroll(&entry, pod.netns.fd())?;
+    redirect.enroll(&entry_of(&workload, &netns, &listeners), netns.fd())?;
     // After the kernel: whatever stands now and is not ours is older than the enrolment, or was refused.
-    let legacy = legacy::established(&pod.netns).map_err(JoinError::Legacy)?;
-    Ok((Arc::new(pod), legacy))
+    let legacy = legacy::established(&netns).map_err(JoinError::Legacy)?;
+    Ok((Arc::new(EnrolledPod::new(workload, netns, Arc::new(listeners))), legacy))
+}
+
+pub(super) fn entry_of(workload: &Workload, netns: &Netns, listeners: &Listeners) -> PodEntry {
+    PodEntry {
+        cookie: netns.cookie(),
+        addresses: workload.addresses.to_vec(),
+        hbone_listener: listeners.hbone.as_raw_fd(),
+        plain_listener: listeners.plain.as_raw_fd(),
+    }
 }
 
 /// Whether two manifests speak of one and the same network namespace and identity.
@@ -381,10 +502,14 @@ fn same_place(a: &Workload, b: &Workload) -> bool {
 }
 
 /// Gives the routes back when no connection needs them any more; not where the pod has come back meanwhile.
-async fn restore_when_quiet(netns: Arc<Netns>) {
+async fn restore_when_quiet(netns: Arc<Netns>, redirect: Arc<Redirect>) {
     let mut tick = tokio::time::interval(TICK);
     while netns.is_there() && legacy::established(&netns).is_ok_and(|all| !all.is_empty()) {
         tick.tick().await;
+    }
+    // Another agent, which has taken this one's place, may have taken it in again.
+    if redirect.enrolled().is_ok_and(|pods| pods.contains(&netns.cookie())) {
+        return;
     }
     if let Err(e) = routes::restore_unwanted(&netns) {
         tracing::debug!("cannot take back the routes of a pod that left: {e}");
@@ -394,7 +519,7 @@ async fn restore_when_quiet(netns: Arc<Netns>) {
 fn status(pod: &Pod) -> PodStatus {
     let Workload { uid, namespace, name, addresses, .. } = &*pod.workload;
     let (enrolled, problem, legacy) = match &pod.state {
-        State::Joining(None) => (false, Some("it is being taken in".to_owned()), 0),
+        State::Joining(None) => (false, Some(PodStatus::JOINING.to_owned()), 0),
         State::Joining(Some(problem)) | State::Failed(problem) | State::Due(problem) => {
             (false, Some(problem.clone()), 0)
         }
@@ -408,5 +533,9 @@ fn status(pod: &Pod) -> PodStatus {
         enrolled,
         problem,
         legacy_connections: legacy,
+        netns: match &pod.state {
+            State::Enrolled { pod, .. } => Some(pod.netns.id()),
+            State::Joining(_) | State::Failed(_) | State::Due(_) => None,
+        },
     }
 }

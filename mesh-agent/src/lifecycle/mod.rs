@@ -2,8 +2,10 @@
 //! process reads.
 
 pub mod files;
+mod private_socket;
 mod readiness;
 mod signal;
 
+pub use private_socket::{KeptFile, PrivateSocket};
 pub use readiness::{BlockReady, Readiness};
 pub use signal::{Signals, Stop};

@@ -4,6 +4,7 @@
 mod authorization;
 mod few;
 mod identity;
+mod node_pods;
 mod problem;
 mod service;
 mod shared_map;
@@ -15,6 +16,7 @@ pub use authorization::{
 };
 pub use few::Few;
 pub use identity::{IdentityError, SpiffeId, TrustDomain};
+pub use node_pods::{NodePod, NodePods, Standing};
 pub use problem::{ObjectRef, Problem, Severity};
 pub use service::{Algorithm, Endpoint, Scope, Service, ServicePort};
 pub use snapshot::{MeshSettings, OutboundPolicy, Snapshot, SnapshotParts, Target};

@@ -84,8 +84,8 @@ impl Snapshot {
     }
 
     /// A copy to be changed, of the generation that comes next. It shares what does not change.
-    pub fn next(&self) -> Self {
-        Self { generation: self.generation + 1, ..self.clone() }
+    pub fn next(&self, settings: MeshSettings) -> Self {
+        Self { generation: self.generation + 1, settings, ..self.clone() }
     }
 
     pub fn insert_workload(&mut self, workload: Arc<Workload>) {

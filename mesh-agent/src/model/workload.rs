@@ -30,6 +30,7 @@ pub struct Workload {
     /// By which connections *to* it are judged. `None` where another node does that: nothing is let in by it here.
     pub rules: Option<Arc<Rules>>,
     pub names: Arc<Names>,
+    pub cluster: Arc<str>,
 }
 
 /// Names for metrics and logs, from labels and owners as Istio derives them. `unknown` where there is none.
@@ -41,7 +42,6 @@ pub struct Names {
     pub version: Arc<str>,
     pub canonical_name: Arc<str>,
     pub canonical_revision: Arc<str>,
-    pub cluster: Arc<str>,
 }
 
 /// How a workload is reached from another node.

@@ -35,10 +35,11 @@ const PAUSE: Duration = Duration::from_millis(50);
 
 /// Accepts until the task is dropped or the listener is shut down.
 pub async fn run(worker: Rc<Worker>, pod: Arc<LocalPod>, gate: Gate) {
+    let Some(listeners) = pod.pod.listeners() else { return };
     let listener = match gate {
-        Gate::Outbound => &pod.pod.outbound,
-        Gate::Plain => &pod.pod.plain,
-        Gate::Tls => &pod.pod.hbone,
+        Gate::Outbound => &listeners.outbound,
+        Gate::Plain => &listeners.plain,
+        Gate::Tls => &listeners.hbone,
     };
     let listener = match super::transport::io::watch(listener) {
         Ok(listener) => listener,

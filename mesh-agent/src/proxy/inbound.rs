@@ -57,14 +57,24 @@ pub async fn serve_tls(worker: Rc<Worker>, pod: Arc<LocalPod>, accepted: Accepte
 /// One connection after the other.
 async fn serve_session(worker: &Rc<Worker>, pod: &Arc<LocalPod>, peer: SocketAddr, mut session: Session) {
     let identity = session.peer().clone();
+    let mut told = false;
     loop {
-        let Open { destination, wait } = tokio::select! {
-            () = worker.drain.cancelled() => return session.close(),
-            accepted = session.accept() => match accepted {
-                Ok(Some(open)) => open,
-                Ok(None) => return,
-                Err(e) => return tracing::debug!(%peer, "session ended: {e}"),
-            },
+        let accepted = tokio::select! {
+            () = worker.drain.cancelled(), if !told => {
+                told = true;
+                match session.go_away().await {
+                    Ok(()) => continue,
+                    Err(e) => return tracing::debug!(%peer, "session ended: {e}"),
+                }
+            }
+            // What the client sent before it heard of it is served; closed under it, the connection would be lost.
+            () = async { tokio::time::sleep(worker.linger.get()).await }, if told => return session.close(),
+            accepted = session.accept() => accepted,
+        };
+        let Open { destination, wait } = match accepted {
+            Ok(Some(open)) => open,
+            Ok(None) => return,
+            Err(e) => return tracing::debug!(%peer, "session ended: {e}"),
         };
         let started = Instant::now();
         let wait = wait.min(connect::TIMEOUT);

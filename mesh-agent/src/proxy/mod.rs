@@ -14,7 +14,7 @@ pub mod worker;
 
 use std::collections::HashMap;
 use std::io;
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -33,6 +33,10 @@ use worker::{Event, LocalPod, Shared, WorkerHandle};
 
 /// How long workers may take to drop what they hold.
 const STOP: Duration = Duration::from_secs(1);
+/// How long an idle tunnel that drains waits for a client that does not close it: for what it has sent before it knew.
+const LINGER: Duration = Duration::from_millis(500);
+/// The same where another agent serves the pods by now, and nobody waits for the end of this one.
+const LONG_LINGER: Duration = Duration::from_secs(10);
 
 /// What the data path is given.
 pub struct Inputs {
@@ -112,21 +116,49 @@ impl Proxy {
         }
     }
 
+    /// Accepts nothing more, and lets go of the listeners, so that another agent has them alone; what waits in their queues
+    /// is left to it. Returns how many connections are being served.
+    pub async fn hand_over(&self) -> usize {
+        self.go_deaf().await;
+        for pod in self.shared.pods.load().values() {
+            pod.pod.close_listeners();
+        }
+        // With the queues' ends told apart: what was accepted lies before this in the workers' inboxes.
+        self.tell_all(|| Event::Drain { linger: LONG_LINGER });
+        self.shared.workers.iter().map(|worker| worker.load.load(Ordering::Relaxed)).sum()
+    }
+
     /// Accepts nothing more, waits until the open connections have ended or `patience` is over, and stops the workers.
     pub async fn drain(&self, patience: Duration) {
         for pod in self.shared.pods.load().values() {
             pod.pod.stop_listening();
         }
+        self.go_deaf().await;
+        self.tell_all(|| Event::Drain { linger: LINGER });
+        self.end(patience).await;
+    }
+
+    /// Every worker accepts no more, and has been told of all that the others have accepted.
+    async fn go_deaf(&self) {
+        let mut told = Vec::new();
         for index in 0..self.shared.workers.len() {
-            self.tell(index, Event::Drain);
+            let (done, is_done) = oneshot::channel();
+            self.tell(index, Event::Deaf(done));
+            told.push(is_done);
         }
+        for is_done in told {
+            // One that has ended accepts nothing either.
+            let _ = is_done.await;
+        }
+    }
+
+    /// Waits until the workers, which drain, have ended, or `patience` is over; then stops them.
+    pub async fn end(&self, patience: Duration) {
         let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
         let mut ended = tokio::task::spawn_blocking(move || threads.into_iter().for_each(|t| drop(t.join())));
         if tokio::time::timeout(patience, &mut ended).await.is_err() {
             tracing::warn!("connections were still open after {patience:?} of draining; they are cut");
-            for index in 0..self.shared.workers.len() {
-                self.tell(index, Event::Stop);
-            }
+            self.tell_all(|| Event::Stop);
             // A worker that does not even hear this is left behind: the process ends.
             let _ = tokio::time::timeout(STOP, ended).await;
         }
@@ -136,6 +168,12 @@ impl Proxy {
         // Spreads pods over workers, the same way each time.
         let hash = uid.bytes().fold(0u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
         (hash % self.shared.workers.len() as u64) as usize
+    }
+
+    fn tell_all(&self, event: impl Fn() -> Event) {
+        for index in 0..self.shared.workers.len() {
+            self.tell(index, event());
+        }
     }
 
     fn tell(&self, worker: usize, event: Event) {
@@ -162,8 +200,8 @@ fn local_pod(pod: Arc<EnrolledPod>) -> LocalPod {
 
 /// Istio's description of the source: `k8s.cluster.name=…,k8s.namespace.name=…,…`.
 fn baggage(workload: &Workload) -> http::HeaderValue {
-    let Workload { namespace, names, locality, .. } = workload;
-    let Names { workload, app: _, version: _, canonical_name, canonical_revision, cluster } = &**names;
+    let Workload { cluster, namespace, names, locality, .. } = workload;
+    let Names { workload, app: _, version: _, canonical_name, canonical_revision } = &**names;
     let text = format!(
         "k8s.cluster.name={cluster},k8s.namespace.name={namespace},k8s.deployment.name={workload},\
          service.name={canonical_name},service.version={canonical_revision},cloud.region={},\

@@ -71,8 +71,13 @@ pub enum Event {
         peer: SocketAddr,
     },
     List(oneshot::Sender<Vec<ConnectionInfo>>),
-    /// Accept nothing more, let tunnels run dry, end when all connections have.
-    Drain,
+    /// Accept nothing more; what waits in the listeners' queues stays there. Answered when it is so.
+    Deaf(oneshot::Sender<()>),
+    /// Let tunnels run dry, end when all connections have. Idle tunnels are kept for `linger`, unless their clients close
+    /// them.
+    Drain {
+        linger: Duration,
+    },
     /// End now; what is still open is cut.
     Stop,
 }
@@ -83,6 +88,8 @@ pub struct Worker {
     pub pool: Pool,
     pub balance: RefCell<HashMap<(IpAddr, u16), balance::State>>,
     pub drain: CancellationToken,
+    /// How long a tunnel that drains waits for what its client had sent before it knew.
+    pub linger: Cell<Duration>,
     connections: Rc<Connections>,
     /// Open connections by endpoint, for least-connections.
     loads: RefCell<HashMap<SocketAddr, u32>>,
@@ -112,6 +119,7 @@ pub fn run(
         shared,
         balance: RefCell::default(),
         drain: CancellationToken::new(),
+        linger: Cell::default(),
         connections: Rc::default(),
         loads: RefCell::default(),
         served: Cell::default(),
@@ -143,8 +151,17 @@ async fn main(worker: Rc<Worker>, mut events: mpsc::UnboundedReceiver<Event>, mu
                     // Who asked may have gone.
                     let _ = answer.send(worker.connections.list());
                 }
-                Some(Event::Drain) => {
-                    accepting.drain().for_each(|(_, tasks)| stop(Some(tasks)));
+                Some(Event::Deaf(done)) => {
+                    for task in accepting.drain().flat_map(|(_, tasks)| tasks) {
+                        task.abort();
+                        // When it is gone it has let go of the listener too.
+                        let _ = task.await;
+                    }
+                    let _ = done.send(());
+                }
+                Some(Event::Drain { linger }) => {
+                    worker.linger.set(linger);
+                    worker.pool.close_idle();
                     worker.drain.cancel();
                 }
             },

@@ -35,6 +35,8 @@ pub enum RedirectError {
     NotBpffs { path: PathBuf },
     #[error("an agent for node {node} is running already; stop it first, or give this one another --node-name")]
     Running { node: String },
+    #[error("what the agent before has handed over is not the lock of node {node}; stop it, then start this one")]
+    NotTheLock { node: String },
     #[error("the node name {node:?} is no folder name; use letters, digits, '-' and '_'")]
     NodeName { node: String },
     #[error(

@@ -17,7 +17,7 @@ mod sys;
 use std::fs::File;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::{BorrowedFd, RawFd};
+use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -25,6 +25,7 @@ use std::sync::{Mutex, PoisonError};
 use mesh_common::{ATTESTED_TTL_NANOS, COUNTERS, Event, ORIG_DST_ENTRIES, program};
 
 pub use error::RedirectError;
+pub use host::kubelet_cgroup;
 pub use mesh_common::{HBONE_PORT, MESH_V6_PREFIX_LEN, OUTBOUND_PORT, PLAIN_PORT};
 
 use enroll::Pods;
@@ -109,11 +110,33 @@ pub struct NodeLock {
     folder: File,
 }
 
+/// The lock of this process; see [`NodeLock::for_life`].
+static HELD: Mutex<Vec<NodeLock>> = Mutex::new(Vec::new());
+
 impl NodeLock {
+    /// The lock as the agent before has handed it over.
+    pub fn handed_over(options: &Options, folder: OwnedFd) -> Result<Self, RedirectError> {
+        let pins = Pins::new(options, 0)?;
+        match pins.take_lock(folder.into())? {
+            Some(folder) => Ok(Self { pins, folder }),
+            None => Err(RedirectError::NotTheLock { node: options.node.clone() }),
+        }
+    }
+
     /// Keeps the lock until the process ends, and not only its main function: tasks may go on for a moment.
     pub fn for_life(self) {
-        static HELD: Mutex<Vec<NodeLock>> = Mutex::new(Vec::new());
         HELD.lock().unwrap_or_else(PoisonError::into_inner).push(self);
+    }
+
+    /// The lock that was taken for life, for another agent: a lock belongs to what was opened, not to who opened it.
+    pub fn of_this_process() -> io::Result<Option<OwnedFd>> {
+        let held = HELD.lock().unwrap_or_else(PoisonError::into_inner);
+        held.first().map(|lock| lock.folder.try_clone().map(OwnedFd::from)).transpose()
+    }
+
+    /// Lets go of the lock that was taken for life: who has got a descriptor of it has it alone.
+    pub fn give_up() {
+        HELD.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 }
 
@@ -122,6 +145,56 @@ impl Drop for NodeLock {
         // Goes only where nothing was pinned in it.
         self.pins.remove_empty(&self.folder);
     }
+}
+
+/// Programs that are attached, beside those of an agent that still runs.
+#[derive(Debug)]
+pub struct Prepared {
+    node_netns: NetnsCookie,
+    pins: Pins,
+    maps: Maps,
+    loader: Loader,
+    log: Option<KernelLog>,
+}
+
+impl Prepared {
+    fn bring_up(options: &Options, globals: Globals, pins: Pins, cgroup: &Cgroup) -> Result<Self, RedirectError> {
+        pins.create_folders()?;
+        // Always: it makes the maps that are missing. Programs are loaded only where their link is.
+        let mut loader = Loader::new(options, &pins, &globals);
+        let mut object = loader.prepare(0)?;
+        let log = if globals.kernel_log { KernelLog::start(&mut object) } else { None };
+        for name in program::CGROUP {
+            let pin = pins.program(name);
+            if attach::is_pinned(&pin) {
+                tracing::debug!(program = name, "taken over");
+            } else {
+                attach::to_cgroup(&mut object, name, cgroup, &pin)?;
+            }
+        }
+        if !cgroup.holds_this_process() {
+            return Err(RedirectError::NotInCgroup { path: cgroup.path.clone() });
+        }
+        let maps = Maps::open(&pins)?;
+        Ok(Self { node_netns: NetnsCookie(globals.node_netns), pins, maps, loader, log })
+    }
+
+    /// From now on these programs serve alone, and this process writes the maps.
+    pub fn begin(self) -> Result<Redirect, RedirectError> {
+        let Self { node_netns, pins, maps, loader, log } = self;
+        // Only now: enrolled pods were redirected by the older programs up to here. Both together do no harm.
+        remove_others(&pins)?;
+        let pods = Mutex::new((enroll::restore(&maps)?, loader));
+        Ok(Redirect { node_netns, pins, maps, pods, orig_dst_missing: AtomicU64::new(0), _log: log })
+    }
+}
+
+/// Removes the links of other objects than this one's.
+fn remove_others(pins: &Pins) -> Result<(), RedirectError> {
+    for folder in pins.older_programs()? {
+        pins::remove_links(&folder)?;
+    }
+    Ok(())
 }
 
 impl Redirect {
@@ -140,19 +213,22 @@ impl Redirect {
     /// Loads, pins and attaches the programs, or takes over what an earlier agent of this node pinned. To be called in
     /// the node's own network namespace.
     pub fn start(options: &Options) -> Result<Self, RedirectError> {
+        let redirect = Self::prepare(options)?.begin()?;
+        redirect.let_probe(options.probe_cgroup.as_deref())?;
+        Ok(redirect)
+    }
+
+    /// The first half of `start`, which another agent of this node may still be running by: its programs and what is in the
+    /// maps stay as they are.
+    pub fn prepare(options: &Options) -> Result<Prepared, RedirectError> {
         host::check_capabilities()?;
         let cgroup = Cgroup::for_programs(options.cgroup.as_deref())?;
-        let probe_cgroup = options.probe_cgroup.as_deref().map(Cgroup::open).transpose()?;
         let node_netns = sys::current_netns_cookie().map_err(|source| RedirectError::NetnsCookie { source })?;
-        let globals = Globals {
-            node_netns,
-            probe_cgroup: probe_cgroup.map_or(0, |cgroup| cgroup.id),
-            kernel_log: options.kernel_log,
-        };
+        let globals = Globals { node_netns, kernel_log: options.kernel_log };
         let pins = Pins::new(options, load::fingerprint(&globals, cgroup.id))?;
         host::ensure_bpffs(&options.bpffs)?;
         let is_first = !pins.exist()?;
-        Self::bring_up(options, globals, pins.clone(), &cgroup).inspect_err(|_| {
+        Prepared::bring_up(options, globals, pins.clone(), &cgroup).inspect_err(|_| {
             // Half of a first start is of no use to anybody; a later one leaves in force what was.
             if is_first && let Err(error) = pins.remove_all() {
                 tracing::warn!(%error, "pins of the failed start stay behind");
@@ -160,31 +236,23 @@ impl Redirect {
         })
     }
 
-    fn bring_up(options: &Options, globals: Globals, pins: Pins, cgroup: &Cgroup) -> Result<Self, RedirectError> {
-        pins.create_folders()?;
-        // Always: it makes the maps that are missing. Programs are loaded only where their link is.
-        let mut loader = Loader::new(options, &pins, &globals);
-        let mut object = loader.prepare(0)?;
-        let log = if globals.kernel_log { KernelLog::start(&mut object) } else { None };
-        for name in program::CGROUP {
-            let pin = pins.program(name);
-            if attach::is_pinned(&pin) {
-                tracing::debug!(program = name, "taken over");
-            } else {
-                attach::to_cgroup(&mut object, name, cgroup, &pin)?;
-            }
+    /// Takes away programs of other agents: one that was to take this one's place has not come about.
+    pub fn stay(&self) -> Result<(), RedirectError> {
+        remove_others(&self.pins)
+    }
+
+    /// From now on the processes in this cgroup, and in none else, may probe pods; to be called again when the folder may
+    /// be another under the same name, as after a restart of kubelet. Changes nothing where it is the same.
+    pub fn let_probe(&self, cgroup: Option<&Path>) -> Result<(), RedirectError> {
+        let wanted = cgroup.map(Cgroup::open).transpose()?.map(|cgroup| cgroup.id);
+        let known = self.maps.probe_cgroups.keys()?;
+        for id in wanted.iter().filter(|id| !known.contains(id)) {
+            self.maps.probe_cgroups.set(id, &1)?;
         }
-        if !cgroup.holds_this_process() {
-            return Err(RedirectError::NotInCgroup { path: cgroup.path.clone() });
+        for id in known.iter().filter(|id| wanted != Some(**id)) {
+            self.maps.probe_cgroups.remove(id)?;
         }
-        // Only now: enrolled pods were redirected by the older programs up to here. Both together do no harm.
-        for folder in pins.older_programs()? {
-            pins::remove_links(&folder)?;
-        }
-        let maps = Maps::open(&pins)?;
-        let pods = Mutex::new((enroll::restore(&maps)?, loader));
-        let node_netns = NetnsCookie(globals.node_netns);
-        Ok(Self { node_netns, pins, maps, pods, orig_dst_missing: AtomicU64::new(0), _log: log })
+        Ok(())
     }
 
     /// Takes a pod in: sk_lookup first, the ENROLLED entry last. Calling it again replaces listeners (after a restart).

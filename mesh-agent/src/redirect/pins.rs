@@ -70,6 +70,23 @@ impl Pins {
         }
     }
 
+    /// The lock as another agent has handed it over: a descriptor of the same open folder, which has the same lock.
+    pub fn take_lock(&self, folder: File) -> Result<Option<File>, RedirectError> {
+        let failed = |source| RedirectError::Pin { path: self.node.clone(), source };
+        let handed = folder.metadata().map_err(failed)?;
+        let is_ours =
+            fs::metadata(&self.node).is_ok_and(|there| (there.dev(), there.ino()) == (handed.dev(), handed.ino()));
+        if !is_ours {
+            return Ok(None);
+        }
+        // Of no effect where it is so; refused where the descriptor is of another opening of the folder.
+        match rustix::fs::flock(&folder, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(Some(folder)),
+            Err(Errno::WOULDBLOCK) => Ok(None),
+            Err(error) => Err(failed(error.into())),
+        }
+    }
+
     /// Folders that nobody else may open: whoever can, can hold the lock. Most bpffs are writable for all.
     fn ensure_own_folders(&self) -> Result<(), RedirectError> {
         let root = self.node.parent().unwrap_or(&self.node);

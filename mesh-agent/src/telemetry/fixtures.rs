@@ -29,8 +29,8 @@ pub(crate) fn workload(namespace: &str, name: &str, address: &str) -> Arc<Worklo
             version: "v1".into(),
             canonical_name: name.into(),
             canonical_revision: "v1".into(),
-            cluster: "Kubernetes".into(),
         }),
+        cluster: "Kubernetes".into(),
     })
 }
 

@@ -246,7 +246,7 @@ fn write_workload(key: &mut String, workload: Option<&Workload>) {
         key,
         workload.map(|w| {
             let n = &*w.names;
-            [&n.workload, &n.canonical_name, &n.canonical_revision, &w.namespace, &n.app, &n.version, &n.cluster]
+            [&n.workload, &n.canonical_name, &n.canonical_revision, &w.namespace, &n.app, &n.version, &w.cluster]
                 .map(|value| &**value)
         }),
     );

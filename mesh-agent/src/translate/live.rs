@@ -12,7 +12,7 @@ use super::object::Object;
 use super::report::Report;
 use super::texts::Name;
 use super::{Broken, Settings, Table, parse_object, with_outcome};
-use crate::model::{ObjectRef, Problem, Snapshot};
+use crate::model::{NodePods, ObjectRef, Problem, Snapshot};
 
 pub struct Live {
     mesh: Mesh,
@@ -91,6 +91,21 @@ impl Live {
         self.mesh.remove(table, name);
     }
 
+    /// From now on all means what it means with these. What is kept of objects was chosen by the first ones: node and
+    /// trust domain must be the same.
+    pub fn set_settings(&mut self, settings: Settings) {
+        self.mesh.set_settings(settings);
+    }
+
+    pub fn has(&self, table: Table, name: &Name) -> bool {
+        self.mesh.has(table, name)
+    }
+
+    /// The pods of this node, as of the last snapshot.
+    pub fn node_pods(&self) -> NodePods {
+        self.mesh.node_pods()
+    }
+
     /// All objects of a kind that have come and not gone.
     pub fn names(&self, table: Table) -> BTreeSet<Name> {
         let mut names = self.mesh.names(table);
@@ -102,7 +117,9 @@ impl Live {
     pub fn snapshot(&mut self, before: &Snapshot) -> Option<Snapshot> {
         let changes = self.mesh.make();
         self.new_problems |= changes.problems;
-        (!changes.is_empty()).then(|| changes.apply(before))
+        let settings = self.mesh.mesh_settings();
+        let same_settings = settings == *before.settings();
+        (!changes.is_empty() || !same_settings).then(|| changes.apply(before, settings))
     }
 
     /// All Problems, sorted, each once; `None` where they are those that were told last.
@@ -125,6 +142,7 @@ impl Table {
             ("", "Namespace") => Self::Namespace,
             ("", "Node") => Self::Node,
             ("", "Pod") => Self::Pod,
+            ("node.k8s.io", "RuntimeClass") => Self::RuntimeClass,
             ("", "Service") => Self::Service,
             ("discovery.k8s.io", "EndpointSlice") => Self::EndpointSlice,
             ("security.istio.io", "PeerAuthentication") => Self::PeerAuthentication,

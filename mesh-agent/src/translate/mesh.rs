@@ -13,7 +13,7 @@ use super::services::{Services, Slice};
 use super::texts::{Name, Texts};
 use super::workloads::{Pod, Pods};
 use super::{Parsed, Settings, Table};
-use crate::model::{Locality, MeshSettings, ObjectRef, Problem, Service, Snapshot, SnapshotParts, Workload};
+use crate::model::{Locality, MeshSettings, NodePods, ObjectRef, Problem, Service, Snapshot, SnapshotParts, Workload};
 
 pub(super) struct Mesh {
     settings: Settings,
@@ -21,6 +21,7 @@ pub(super) struct Mesh {
     sites: Sites,
     namespaces: BTreeMap<Arc<str>, Mode>,
     nodes: Nodes,
+    classes: Classes,
     pods: Pods,
     services: Services,
     policies: Policies,
@@ -32,8 +33,12 @@ pub(super) struct Surroundings<'a> {
     pub sites: &'a Sites,
     pub namespaces: &'a BTreeMap<Arc<str>, Mode>,
     pub nodes: &'a Nodes,
+    pub classes: &'a Classes,
     pub policies: &'a Policies,
 }
+
+/// The container runtime's name of each RuntimeClass.
+pub(super) type Classes = BTreeMap<Arc<str>, Arc<str>>;
 
 /// What was made anew, and what of it was there before.
 #[derive(Default)]
@@ -97,6 +102,7 @@ impl Mesh {
             sites: Sites::default(),
             namespaces: BTreeMap::new(),
             nodes: Nodes::default(),
+            classes: Classes::new(),
             pods: Pods::default(),
             services: Services::default(),
             policies: Policies::default(),
@@ -116,6 +122,7 @@ impl Mesh {
                 let name = (pod.namespace.clone(), pod.name.clone());
                 self.pods.set(name, Some(pod), &self.settings);
             }
+            Parsed::RuntimeClass(c) => self.set_class(&name.1, Some(c.handler.as_str().into())),
             Parsed::Service(s) => self.services.set(name, Some(s.clone())),
             Parsed::EndpointSlice(s) => self.services.set_slice(name, Some(Slice::new(s, &mut self.texts))),
             Parsed::PeerAuthentication(p) => self.policies.set_peer(name, Some(p.clone())),
@@ -130,6 +137,7 @@ impl Mesh {
             Table::Namespace => self.set_namespace(&name.1, None),
             Table::Node => self.set_node(&name.1, None),
             Table::Pod => self.pods.set(name, None, &self.settings),
+            Table::RuntimeClass => self.set_class(&name.1, None),
             Table::Service => self.services.set(name, None),
             Table::EndpointSlice => self.services.set_slice(name, None),
             Table::PeerAuthentication => self.policies.set_peer(name, None),
@@ -142,6 +150,7 @@ impl Mesh {
             Table::Namespace => self.namespaces.contains_key(&name.1),
             Table::Node => self.nodes.places.contains_key(&name.1),
             Table::Pod => self.pods.has(name),
+            Table::RuntimeClass => self.classes.contains_key(&name.1),
             Table::Service => self.services.has(name),
             Table::EndpointSlice => self.services.has_slice(name),
             Table::PeerAuthentication => self.policies.has_peer(name),
@@ -156,6 +165,7 @@ impl Mesh {
             Table::Namespace => self.namespaces.keys().map(alone).collect(),
             Table::Node => self.nodes.places.keys().map(alone).collect(),
             Table::Pod => self.pods.names().cloned().collect(),
+            Table::RuntimeClass => self.classes.keys().map(alone).collect(),
             Table::Service => self.services.names().cloned().collect(),
             Table::EndpointSlice => self.services.slice_names().cloned().collect(),
             Table::PeerAuthentication => self.policies.peer_names().cloned().collect(),
@@ -165,20 +175,38 @@ impl Mesh {
 
     /// Makes again what is due.
     pub fn make(&mut self) -> Changes {
-        let Self { settings, texts, sites, namespaces, nodes, pods, services, policies } = self;
+        let Self { settings, texts, sites, namespaces, nodes, classes, pods, services, policies } = self;
         let mut changes = Changes::default();
         if settings.endpoints_from_pods && pods.any_due() {
             services.all_due();
         }
-        let around = Surroundings { settings, sites, namespaces, nodes, policies };
+        let around = Surroundings { settings, sites, namespaces, nodes, classes, policies };
         let made = services.make(&around, pods, texts, &mut changes);
         if policies.have_changed() || made.iter().any(|name| policies.target(name)) {
             policies.make_ready(&settings.root_namespace, sites, |ns, name| services.behind(ns, name));
             pods.due_to_judge();
             changes.problems = true;
         }
-        pods.make(&Surroundings { settings, sites, namespaces, nodes, policies }, &mut changes);
+        pods.make(&Surroundings { settings, sites, namespaces, nodes, classes, policies }, &mut changes);
         changes
+    }
+
+    pub fn set_settings(&mut self, settings: Settings) {
+        self.settings = settings;
+        self.pods.all_due();
+        self.services.all_due();
+        self.policies.touch();
+    }
+
+    /// What is to be said of the pods of this node.
+    pub fn node_pods(&self) -> NodePods {
+        let Self { settings, texts: _, sites, namespaces, nodes, classes, pods, services: _, policies } = self;
+        let istio = settings.istio_labels;
+        let enabled = namespaces.iter().filter(|(_, mode)| mode.enabled(istio) == Some(true));
+        NodePods {
+            enabled_namespaces: enabled.map(|(name, _)| name.clone()).collect(),
+            pods: pods.of_node(&Surroundings { settings, sites, namespaces, nodes, classes, policies }),
+        }
     }
 
     /// All that was made, by namespace and name.
@@ -210,6 +238,17 @@ impl Mesh {
         self.pods.due_in_namespace(name);
     }
 
+    fn set_class(&mut self, name: &Arc<str>, handler: Option<Arc<str>>) {
+        if self.classes.get(name) == handler.as_ref() {
+            return;
+        }
+        match handler {
+            Some(handler) => self.classes.insert(name.clone(), handler),
+            None => self.classes.remove(name),
+        };
+        self.pods.due_of_class(name);
+    }
+
     fn set_node(&mut self, name: &Arc<str>, place: Option<&Locality>) {
         if self.nodes.places.get(name).map(|known| &**known) == place {
             return;
@@ -230,8 +269,8 @@ impl Changes {
     }
 
     /// `before` with the changes. The old go first: what one gives up another may take.
-    pub fn apply(self, before: &Snapshot) -> Snapshot {
-        let mut next = before.next();
+    pub fn apply(self, before: &Snapshot, settings: MeshSettings) -> Snapshot {
+        let mut next = before.next(settings);
         self.old_workloads.iter().for_each(|w| next.remove_workload(w));
         self.old_services.iter().for_each(|s| next.remove_service(s));
         self.new_workloads.into_iter().for_each(|w| next.insert_workload(w));

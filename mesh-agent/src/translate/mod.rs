@@ -6,6 +6,7 @@
 //! Goes out: `SnapshotParts` for the data path, every Problem, and the memory for the next translation. `translate` does
 //! that for all objects at once, `live` for one change after the other, to the same end.
 
+mod candidate;
 mod istio;
 mod kubernetes;
 mod live;
@@ -21,14 +22,15 @@ mod workloads;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+pub use candidate::{Candidate, NamespaceMode, NoCandidate};
 pub use live::Live;
 pub use manifest::{Unreadable, closed, parse};
 pub use object::{Key, Object};
 pub use texts::Name;
 
-use crate::model::{ObjectRef, OutboundPolicy, Problem, Severity, SnapshotParts, TrustDomain};
+use crate::model::{NodePods, ObjectRef, OutboundPolicy, Problem, Severity, SnapshotParts, TrustDomain};
 use istio::{AuthorizationPolicy, PeerAuthentication};
-use kubernetes::{EndpointSlice, Namespace, Node, Pod, Service};
+use kubernetes::{EndpointSlice, Namespace, Node, Pod, RuntimeClass, Service};
 use mesh::Mesh;
 use report::Report;
 
@@ -45,7 +47,8 @@ pub struct Settings {
     /// Whether `istio.io/dataplane-mode` is read too.
     pub istio_labels: bool,
     pub outbound: OutboundPolicy,
-    /// The node whose pods are judged here; `None` means all. Of other pods less is kept, and no rules are made.
+    /// The node whose pods are judged here, and told of in `NodePods`; `None` means that all are judged. Of other pods less
+    /// is kept, and no rules are made.
     pub node: Option<Arc<str>>,
     /// Whether a pod counts that has no address yet: for one who asks where identities run, and sends no traffic.
     pub without_address: bool,
@@ -102,6 +105,7 @@ struct Good {
 #[derive(Debug)]
 pub struct Translation {
     pub parts: SnapshotParts,
+    pub node_pods: NodePods,
     /// Sorted, each once.
     pub problems: Vec<Problem>,
     pub memory: Memory,
@@ -113,6 +117,7 @@ enum Parsed {
     Namespace(Namespace),
     Node(Node),
     Pod(Pod),
+    RuntimeClass(RuntimeClass),
     Service(Service),
     EndpointSlice(EndpointSlice),
     PeerAuthentication(PeerAuthentication),
@@ -127,6 +132,7 @@ pub enum Table {
     Namespace,
     Node,
     Pod,
+    RuntimeClass,
     Service,
     EndpointSlice,
     PeerAuthentication,
@@ -179,7 +185,7 @@ pub fn translate(settings: &Settings, objects: &[Object], before: &Memory) -> Tr
     problems.extend(mesh.problems().cloned());
     problems.sort();
     problems.dedup();
-    Translation { parts: mesh.parts(), problems, memory }
+    Translation { parts: mesh.parts(), node_pods: mesh.node_pods(), problems, memory }
 }
 
 /// What becomes of an object that cannot be read and never could.
@@ -213,6 +219,7 @@ fn parse_object(object: &Object, report: &mut Report) -> Option<Result<Parsed, B
         ("", "Pod") => plain(kubernetes::pod(object, report), Parsed::Pod),
         ("", "Service") => plain(kubernetes::service(object, report), Parsed::Service),
         ("", "ServiceAccount") => plain(kubernetes::service_account(object, report), |()| Parsed::Nothing),
+        ("node.k8s.io", "RuntimeClass") => plain(kubernetes::runtime_class(object, report), Parsed::RuntimeClass),
         ("discovery.k8s.io", "EndpointSlice") => {
             known_version(&["v1"], report);
             plain(kubernetes::endpoint_slice(object, report), Parsed::EndpointSlice)

@@ -109,6 +109,11 @@ impl Policies {
         self.changed |= set(&mut self.peer, name, policy.map(Arc::new));
     }
 
+    /// They are to be made ready again.
+    pub fn touch(&mut self) {
+        self.changed = true;
+    }
+
     pub fn have_changed(&self) -> bool {
         self.changed
     }

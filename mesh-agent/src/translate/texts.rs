@@ -15,6 +15,8 @@ pub type Name = (Arc<str>, Arc<str>);
 pub(super) struct Kin {
     pub identity: SpiffeId,
     pub names: Arc<Names>,
+    /// Empty for the usual one.
+    pub runtime_class: Arc<str>,
 }
 
 #[derive(Debug, Default)]

@@ -12,11 +12,11 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::kubernetes::{self, Mode};
-use super::mesh::{Changes, Surroundings};
+use super::mesh::{Changes, Classes, Surroundings};
 use super::report::Labels;
 use super::texts::{Kin, Name, Texts};
 use super::{Settings, problem};
-use crate::model::{Few, Names, Problem, Severity, SpiffeId, Transport, Workload};
+use crate::model::{Few, Names, NodePod, Problem, Severity, SpiffeId, Standing, Transport, Workload};
 
 /// A pod, as it is kept.
 #[derive(Debug, PartialEq, Eq)]
@@ -41,6 +41,8 @@ pub(super) struct Pod {
 pub(super) struct Own {
     pub labels: Labels,
     pub ready: bool,
+    /// What its annotation `nodemesh.io/status` says.
+    shown: Option<String>,
     netns: Option<Arc<Path>>,
     pub named_ports: Vec<(String, u16)>,
 }
@@ -49,11 +51,13 @@ impl Pod {
     pub fn new(pod: &kubernetes::Pod, settings: &Settings, texts: &mut Texts) -> Self {
         let identity = SpiffeId::new(&settings.trust_domain, &pod.namespace, &pod.service_account)
             .expect("the names were checked when the pod was parsed");
-        let names = Arc::new(names(pod, settings, texts));
+        let names = Arc::new(names(pod, texts));
+        let runtime_class = texts.text(&pod.runtime_class);
         let keep = settings.endpoints_from_pods || settings.judges(&pod.node);
         let own = || Own {
             labels: pod.labels.clone(),
             ready: pod.ready,
+            shown: pod.shown.clone(),
             netns: pod.netns.as_deref().map(Into::into),
             named_ports: pod.named_ports.clone(),
         };
@@ -71,7 +75,7 @@ impl Pod {
             mode: pod.mode,
             node: texts.text(&pod.node),
             addresses: pod.addresses.as_slice().into(),
-            kin: texts.kin(Kin { identity, names }),
+            kin: texts.kin(Kin { identity, names, runtime_class }),
             own: keep.then(|| Box::new(own())),
         }
     }
@@ -104,7 +108,7 @@ impl Pod {
 }
 
 /// Names for metrics, from labels as Istio derives them.
-fn names(pod: &kubernetes::Pod, settings: &Settings, texts: &mut Texts) -> Names {
+fn names(pod: &kubernetes::Pod, texts: &mut Texts) -> Names {
     let first =
         |keys: &[&str]| keys.iter().find_map(|k| pod.labels.get(*k)).map(String::as_str).filter(|v| !v.is_empty());
     const REVISION: &str = "service.istio.io/canonical-revision";
@@ -116,7 +120,6 @@ fn names(pod: &kubernetes::Pod, settings: &Settings, texts: &mut Texts) -> Names
         canonical_name: texts.text(canonical_name.unwrap_or(&pod.workload_name)),
         canonical_revision: texts
             .text(first(&[REVISION, "app.kubernetes.io/version", "version"]).unwrap_or("latest")),
-        cluster: settings.cluster.clone(),
     }
 }
 
@@ -294,6 +297,15 @@ impl Pods {
         self.due.extend(self.all.iter().filter(|(_, m)| *m.pod.node == *node).map(|(name, _)| name.clone()));
     }
 
+    pub fn due_of_class(&mut self, class: &str) {
+        let of_class = self.all.iter().filter(|(_, m)| *m.pod.kin.runtime_class == *class);
+        self.due.extend(of_class.map(|(name, _)| name.clone()));
+    }
+
+    pub fn all_due(&mut self) {
+        self.due.extend(self.all.keys().cloned());
+    }
+
     /// A policy has changed.
     pub fn due_to_judge(&mut self) {
         self.due.extend(self.own.iter().cloned());
@@ -329,6 +341,24 @@ impl Pods {
         self.all.values().filter_map(|m| m.workload.as_ref())
     }
 
+    /// The pods of this node, with or without an address, but for those that have ended.
+    pub fn of_node(&self, around: &Surroundings<'_>) -> BTreeMap<Arc<str>, NodePod> {
+        let Some(node) = &around.settings.node else { return BTreeMap::new() };
+        let of_node = self.own.iter().filter_map(|name| self.all.get(name)).map(|m| &m.pod);
+        let told = |pod: &Arc<Pod>| {
+            let standing = match Membership::of(pod, around) {
+                Membership { refused: Some((_, message)), .. } => Standing::Refused(message),
+                Membership { enrolled: true, .. } => Standing::Enabled,
+                Membership { said: true, .. } => Standing::Outside,
+                Membership { .. } => Standing::Unclear,
+            };
+            let shown = pod.own.as_ref().and_then(|own| own.shown.clone());
+            let known = NodePod { namespace: pod.namespace.clone(), name: pod.name.clone(), standing, shown };
+            (pod.uid.clone(), known)
+        };
+        of_node.filter(|pod| pod.node == *node && !pod.ended).map(told).collect()
+    }
+
     pub fn problems(&self) -> impl Iterator<Item = &Problem> {
         self.problems.values().flatten()
     }
@@ -358,11 +388,8 @@ impl Pods {
             let at = around.sites.of("Pod", &pod.namespace, &pod.name);
             problems.push(problem(Severity::Warning, &at, field, message));
         };
-        if pod.host_network && mode.enrolled {
-            // It has the node's address and no network of its own: what it sends cannot be told from the node's.
-            let message = "a pod in the host's network cannot be in the mesh and stays out of it: \
-                           remove hostNetwork, or label the pod nodemesh.io/mode: disabled";
-            report("spec.hostNetwork", message.into());
+        if let Some((field, message)) = mode.refused {
+            report(field, message);
         }
         if !pod.takes_part(settings) {
             return None;
@@ -423,15 +450,17 @@ impl Pods {
             netns: settings.standalone_node.as_ref().and(netns).cloned(),
             rules,
             names: pod.kin.names.clone(),
+            cluster: settings.cluster.clone(),
         })
     }
 }
 
 /// Whether a pod is in the mesh, and whether a manifest says so.
-#[derive(Clone, Copy)]
 struct Membership {
     enrolled: bool,
     said: bool,
+    /// It should be and cannot: the field, and one sentence.
+    refused: Option<(&'static str, String)>,
 }
 
 impl Membership {
@@ -443,8 +472,39 @@ impl Membership {
         // What the pod says itself needs no namespace; what is not clear is not said.
         let clear =
             own.is_clear(istio) && (own.enabled(istio).is_some() || namespace.is_some_and(|m| m.is_clear(istio)));
-        Self { enrolled: enabled.unwrap_or(false), said: enabled.is_some() && clear }
+        let (enrolled, said) = (enabled.unwrap_or(false), enabled.is_some() && clear);
+        match refusal(pod, around.classes).filter(|_| enrolled) {
+            None => Self { enrolled, said, refused: None },
+            // Others reach it as a pod outside of the mesh.
+            refused => Self { enrolled: false, said: true, refused },
+        }
     }
+}
+
+/// Why a pod cannot be in the mesh: the field, and one sentence.
+fn refusal(pod: &Pod, classes: &Classes) -> Option<(&'static str, String)> {
+    if pod.host_network {
+        // It has the node's address and no network of its own: what it sends cannot be told from the node's.
+        let message = "a pod in the host's network cannot be in the mesh and stays out of it: \
+                       remove hostNetwork, or label the pod nodemesh.io/mode: disabled";
+        return Some(("spec.hostNetwork", message.to_owned()));
+    }
+    let class = &pod.kin.runtime_class;
+    if class.is_empty() {
+        return None;
+    }
+    // A class that is not known is judged by its name, which usually is that of its handler.
+    let lower = classes.get(class).unwrap_or(class).to_lowercase();
+    let sandbox = match () {
+        () if lower.contains("runsc") || lower.contains("gvisor") => "gVisor",
+        () if lower.starts_with("kata") => "Kata Containers",
+        () => return None,
+    };
+    let message = format!(
+        "a pod that {sandbox} runs (runtime class {class}) cannot be in the mesh and stays out of it, for its connections \
+         are not made in the node's kernel: remove runtimeClassName, or label the pod nodemesh.io/mode: disabled"
+    );
+    Some(("spec.runtimeClassName", message))
 }
 
 /// In standalone mode nobody but the manifest says where a pod's network is.

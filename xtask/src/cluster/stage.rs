@@ -22,22 +22,35 @@ pub struct Stage {
 }
 
 impl Stage {
-    /// Brings up the cluster `name`, or what is missing of it, and loads the images onto its nodes.
-    pub fn set(name: &str) -> Result<Self> {
+    /// For the tests: all images.
+    pub fn for_tests() -> Result<Self> {
+        let agnhost = build::ensure_agnhost()?;
+        let stage = Self::with("test", &[IMAGE, NEXT_IMAGE])?;
+        load::program(&stage.cluster, AGNHOST_IMAGE, &agnhost)?;
+        Ok(stage)
+    }
+
+    /// For the demo: the mesh, and what speaks in its pods.
+    pub fn for_demo() -> Result<Self> {
+        Self::with("demo", &[IMAGE])
+    }
+
+    /// Brings up the cluster `name`, or what is missing of it, and loads images of the mesh onto its nodes.
+    fn with(name: &str, images: &[&str]) -> Result<Self> {
         let folder = root().join("target/image");
-        let archives = [IMAGE, NEXT_IMAGE].map(|name| (name, folder.join(format!("{}.tar", tag(name)))));
-        for (name, archive) in &archives {
-            image::build(name, archive)?;
+        let mut archives = Vec::new();
+        for image in images {
+            let archive = folder.join(format!("{}.tar", tag(image)));
+            image::build(image, &archive)?;
+            archives.push(archive);
         }
         let peer = programs::static_peer()?;
-        let agnhost = build::ensure_agnhost()?;
         let stage = Self { cluster: Cluster::new(name)?, kept: false };
         up::run(&stage.cluster, false)?;
-        for (_, archive) in &archives {
+        for archive in &archives {
             load::archive(&stage.cluster, archive)?;
         }
         load::program(&stage.cluster, PEER_IMAGE, &peer)?;
-        load::program(&stage.cluster, AGNHOST_IMAGE, &agnhost)?;
         Ok(stage)
     }
 

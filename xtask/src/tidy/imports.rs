@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! layer 5   bin  cli  app                               may import all; imported by none
-//! layer 4   proxy/{outbound,inbound,gateway}  dns  admin
+//! layer 4   proxy/{outbound,inbound,gateway}  dns  admin  controller  cni  pod_status  handover
 //! layer 3   proxy/{accept,detect,transport,connections}  enrollment  redirect  discovery  identity
 //! layer 2   translate  proxy/{policy,route,balance}     pure
 //! layer 1   api_server  telemetry  lifecycle  config  proxy/error   used by 3 and 4; never by 0 and 2
@@ -19,6 +19,10 @@ const PARTS: &[(&str, u8)] = &[
     ("proxy/gateway", 4),
     ("dns", 4),
     ("admin", 4),
+    ("controller", 4),
+    ("cni", 4),
+    ("pod_status", 4),
+    ("handover", 4),
     ("proxy/worker", 4),
     ("proxy/application", 4),
     ("proxy/accept", 3),
@@ -63,6 +67,8 @@ const BESIDE: &[(&str, &str)] = &[
     ("proxy/connections", "proxy/error"),
     ("proxy/connections", "proxy/transport"),
     ("proxy/accept", "proxy/transport"),
+    // An agent's own sockets go to the next one.
+    ("handover", "admin"),
     // Listeners lie in pods, and what they accept was redirected.
     ("proxy/accept", "enrollment"),
     ("proxy/accept", "redirect"),

@@ -8,12 +8,14 @@ use clap::{Arg, ArgAction, ArgMatches, Command};
 
 use super::exit::{Failure, from_clap};
 use crate::config::duration;
-use crate::config::{Cleanup, ConfigError, Controller, Kind, Machine, Node, Origin, Role, SETTINGS, Setting, Written};
+use crate::config::{
+    Cleanup, ConfigError, Controller, Kind, Live, Machine, Node, Origin, Role, SETTINGS, Setting, Written,
+};
 
 /// What the user wants, all settings checked.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Wish {
-    Node(Box<Node>),
+    Node(Box<Node>, Box<Live>),
     Cleanup(Cleanup),
     Controller(Controller),
     Token {
@@ -124,9 +126,14 @@ pub(super) fn parse(
     match matches.subcommand() {
         Some(("node", matches)) => {
             let written = gather(matches, Role::Node, &variable)?;
+            let mut laid = Written::default();
+            lay_over(&mut laid, SETTINGS.iter().filter(|s| s.roles.contains(&Role::Node)), matches, &variable);
             match matches.get_flag("cleanup") {
                 true => Ok(Wish::Cleanup(Cleanup::check(&written, machine)?)),
-                false => Ok(Wish::Node(Box::new(Node::check(&written, machine)?))),
+                false => {
+                    let node = Node::check(&written, machine)?;
+                    Ok(Wish::Node(Box::new(node), Box::new(Live::new(laid, written, machine.clone()))))
+                }
             }
         }
         Some(("controller", matches)) => {

@@ -21,7 +21,7 @@ fn wish(line: &str, variables: &[(&str, &str)]) -> anyhow::Result<Wish> {
 
 fn node(line: &str, variables: &[(&str, &str)]) -> Node {
     match wish(&format!("node --config-dir / {line}"), variables).unwrap() {
-        Wish::Node(node) => *node,
+        Wish::Node(node, _) => *node,
         other => panic!("{other:?}"),
     }
 }
@@ -41,6 +41,7 @@ fn the_defaults() {
             source: Source::Directory(PathBuf::from("/")),
             state_dir: PathBuf::from("/var/lib/nodemesh"),
             admin_socket: PathBuf::from("/run/nodemesh/admin.sock"),
+            cni: None,
             workers: 4,
             drain_timeout: Duration::from_secs(5),
             ca: CertificateAuthority::Embedded,
@@ -55,6 +56,7 @@ fn the_defaults() {
             cgroup: None,
             probe_cgroup: None,
             host_proc: "/proc".into(),
+            take_over: false,
             kernel_log: false,
             orig_dst_entries: 65536,
             metrics_address: "0.0.0.0:15020".parse().unwrap(),
@@ -248,6 +250,8 @@ fn cleanup_needs_neither_a_ca_nor_manifests() {
         bpffs: PathBuf::from("/sys/fs/bpf"),
         cgroup: None,
         admin_socket: PathBuf::from("/run/nodemesh/admin.sock"),
+        state_dir: PathBuf::from("/var/lib/nodemesh"),
+        cni: None,
         logging: Logging { filter: "info".to_owned(), format: LogFormat::Text },
     };
     assert_eq!(wish("node --cleanup --node-name b", &[]).unwrap(), Wish::Cleanup(expected));

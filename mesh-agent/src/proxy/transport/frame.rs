@@ -5,6 +5,9 @@
 //! OPENED or REFUSED, and hands no DATA on before it has; then both send DATA. Each side's part ends with FIN (orderly),
 //! RESET (not), or, the server's, REFUSED. When both have ended, the session is free for the next OPEN. A side that has
 //! ended may still get DATA that was on its way, and drops it.
+//!
+//! Between two connections the server may send GO_AWAY: it stops, and wants no further OPEN. One that was on its way already
+//! it still serves. The client then closes the session.
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
@@ -18,6 +21,7 @@ pub enum Kind {
     Refused,
     Fin,
     Reset,
+    GoAway,
 }
 
 /// Why the server's agent does not carry a connection; the same three reasons as HBONE's status codes.
@@ -52,6 +56,7 @@ impl Kind {
             3 => Self::Refused,
             4 => Self::Fin,
             5 => Self::Reset,
+            6 => Self::GoAway,
             _ => return None,
         })
     }
@@ -64,6 +69,7 @@ impl Kind {
             Self::Refused => 3,
             Self::Fin => 4,
             Self::Reset => 5,
+            Self::GoAway => 6,
         }
     }
 }

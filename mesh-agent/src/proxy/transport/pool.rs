@@ -186,7 +186,7 @@ impl Pool {
         let mut last = None;
         // A tunnel may be drained by its peer just now; one more try finds another.
         for _ in 0..3 {
-            let (connection, place) = entry.shared(dialer, peer).await?;
+            let Some((connection, place)) = entry.shared(dialer, peer).await? else { continue };
             match hbone::open(&connection, destination, dialer.baggage).await {
                 Ok(Ok((send, receive))) => return Ok(Carrier::Hbone { send, receive, place }),
                 Ok(Err(refusal)) => return Err(ConnError::Refused { address: destination, refusal }),
@@ -194,7 +194,7 @@ impl Pool {
                 Err(e) => return Err(tunnel_error(destination, e)),
             }
         }
-        Err(tunnel_error(destination, last.expect("three tries failed")))
+        Err(last.map_or_else(|| tunnel_error(destination, SessionError::Closed), |e| tunnel_error(destination, e)))
     }
 
     /// Closes tunnels that were idle too long, whose certificate has expired, or whose pod has left the mesh.
@@ -203,13 +203,21 @@ impl Pool {
             let is = |uid: &str, identity: &SpiffeId| snapshot.workload(uid).is_some_and(|w| w.identity == *identity);
             let gone = !is(&key.source, &key.source_identity) || !is(&key.destination, &key.identity);
             let stale = |since: Instant, expires: SystemTime| gone || now - since > IDLE || wall >= expires;
-            entry.idle.borrow_mut().retain(|idle| !stale(idle.since, idle.expires));
+            // One that has said something while it was idle has ended, or is about to.
+            entry.idle.borrow_mut().retain(|idle| !stale(idle.since, idle.expires) && idle.session.is_quiet());
             entry.hbone.borrow_mut().retain(|shared| {
                 let idle = shared.connection.is_idle() && stale(shared.used, shared.expires);
                 !(idle || shared.connection.has_ended())
             });
             !(gone || entry.is_empty()) || Rc::strong_count(entry) > 1
         });
+    }
+
+    /// Closes the sessions that carry nothing: this agent stops.
+    pub fn close_idle(&self) {
+        for entry in self.entries.borrow().values() {
+            entry.idle.borrow_mut().drain(..).for_each(|idle| idle.session.close());
+        }
     }
 
     /// The peer does not answer: sessions to it that look idle are dead too.
@@ -242,23 +250,23 @@ impl Entry {
         }
     }
 
-    /// A place on an HBONE tunnel that stands, or on a new one.
+    /// A place on an HBONE tunnel that stands, or on a new one; `None` where the new one ended at once.
     async fn shared(
         self: &Rc<Self>,
         dialer: &Dialer<'_>,
         peer: &Peer,
-    ) -> Result<(hbone::Connection, hbone::Place), ConnError> {
+    ) -> Result<Option<(hbone::Connection, hbone::Place)>, ConnError> {
         if let Some(found) = self.place() {
-            return Ok(found);
+            return Ok(Some(found));
         }
         let _dialling = self.dialling.lock().await;
         if let Some(found) = self.place() {
-            return Ok(found);
+            return Ok(Some(found));
         }
         let (established, expires) = dial(dialer, peer, true).await?;
         let address = SocketAddr::new(peer.address, HBONE_PORT);
         self.share(established, expires).await.map_err(|e| tunnel_error(address, e))?;
-        self.place().ok_or_else(|| tunnel_error(address, SessionError::Closed))
+        Ok(self.place())
     }
 
     fn place(&self) -> Option<(hbone::Connection, hbone::Place)> {
@@ -307,7 +315,7 @@ impl Lease {
     pub fn finish(mut self) {
         let Some(session) = self.session.take() else { return };
         let mut idle = self.entry.idle.borrow_mut();
-        if !session.is_broken() {
+        if !session.is_broken() && !session.is_leaving() {
             idle.push(Idle { session, since: Instant::now(), expires: self.expires });
         } else {
             session.close();

@@ -52,6 +52,8 @@ struct Receiver {
     buffer: Option<Buffer>,
     start: usize,
     end: usize,
+    /// The peer wants to open nothing more over this session.
+    leaving: bool,
 }
 
 /// Counts the bytes of one connection, in both directions, as they pass.
@@ -124,7 +126,7 @@ impl Session {
     pub fn new(established: Established) -> Self {
         let Established { tcp, sealer, opener, peer, tunnel: _, sealed, opened } = established;
         let burst = burst(sock::mss(&tcp));
-        let mut receiver = Receiver { opener, early: opened, buffer: None, start: 0, end: 0 };
+        let mut receiver = Receiver { opener, early: opened, buffer: None, start: 0, end: 0, leaving: false };
         if !sealed.is_empty() {
             let mut buffer = Buffer::take();
             // It fits: the handshake takes no more than half a buffer.
@@ -142,6 +144,11 @@ impl Session {
     /// Whether the session can carry another connection after `relay` or a refusal.
     pub fn is_broken(&self) -> bool {
         self.broken
+    }
+
+    /// Whether the server has said GO_AWAY, as far as it was read.
+    pub fn is_leaving(&self) -> bool {
+        self.receiver.leaving
     }
 
     pub fn tcp(&self) -> &TcpStream {
@@ -210,6 +217,11 @@ impl Session {
     /// Server: says that the application has taken the connection.
     pub async fn opened(&mut self) -> Result<(), SessionError> {
         self.sender.send(&self.tcp, Kind::Opened, &[]).await
+    }
+
+    /// Server: asks for no more connections over this session; one that is on its way will still come. Between two of them.
+    pub async fn go_away(&mut self) -> Result<(), SessionError> {
+        self.sender.send(&self.tcp, Kind::GoAway, &[]).await
     }
 
     /// Carries `app`'s bytes both ways until both sides have ended, or `cut` is done. `early`: so many of them went along
@@ -544,8 +556,19 @@ impl Receiver {
         }
     }
 
-    /// The next whole frame that is in the buffer.
+    /// The next whole frame that is in the buffer and belongs to a connection.
     fn next(&mut self) -> Result<Option<Frame>, SessionError> {
+        loop {
+            match self.any()? {
+                Some(Frame::At { kind: Kind::GoAway, .. } | Frame::Early { kind: Kind::GoAway, .. }) => {
+                    self.leaving = true;
+                }
+                other => return Ok(other),
+            }
+        }
+    }
+
+    fn any(&mut self) -> Result<Option<Frame>, SessionError> {
         if let Some(mut record) = self.early.pop_front() {
             let kind = record.first().copied().and_then(Kind::from_byte).ok_or(SessionError::Protocol)?;
             record.remove(0);

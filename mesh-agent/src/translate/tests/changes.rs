@@ -28,7 +28,7 @@ struct Heard {
 
 fn heard() -> impl Strategy<Value = Heard> {
     // Mostly pods and slices, as in a cluster.
-    let kind = prop_oneof![6 => Just(2), 3 => Just(4), 6 => 0..7usize];
+    let kind = prop_oneof![6 => Just(2), 3 => Just(4), 6 => 0..8usize];
     (kind, prop::bool::weighted(0.2), any::<[u8; 12]>()).prop_map(|(kind, gone, digits)| Heard { kind, gone, digits })
 }
 
@@ -80,6 +80,11 @@ impl Heard {
                 }
                 value
             }
+            6 => {
+                let mut value = of_kind("node.k8s.io/v1", "RuntimeClass");
+                value["handler"] = self.of(4, &["runsc", "runc"]).into();
+                value
+            }
             _ => {
                 let mut value = of_kind("security.istio.io/v1", "AuthorizationPolicy");
                 value["spec"] = json!({"action": self.of(4, &["ALLOW", "DENY", "BROKEN"]), "rules": [{}]});
@@ -91,7 +96,7 @@ impl Heard {
                 value
             }
         };
-        if self.kind < 2 {
+        if matches!(self.kind, 0 | 1 | 6) {
             value["metadata"].as_object_mut().unwrap().remove("namespace");
         }
         Object::from_value("", value).unwrap().remove(0)
@@ -109,6 +114,9 @@ impl Heard {
         let port = json!([{"ports": [{"name": "http", "containerPort": PORTS[0]}]}]);
         value["spec"] = json!({"nodeName": self.of(8, &NODES), "hostNetwork": self.yes(9, 8), "containers": port,
             "serviceAccountName": self.of(9, &["one", "two"])});
+        if self.yes(4, 4) {
+            value["spec"]["runtimeClassName"] = self.of(5, &NAMES).into();
+        }
         value["status"] = json!({"phase": if self.yes(10, 7) { "Succeeded" } else { "Running" }});
         match self.digits[11] % 8 {
             0 => {}
@@ -211,7 +219,7 @@ proptest! {
             }
             let next = live.snapshot(&snapshot);
             let changed = next.is_some();
-            let before = std::mem::replace(&mut snapshot, next.unwrap_or_else(|| snapshot.next()));
+            let before = std::mem::replace(&mut snapshot, next.unwrap_or_else(|| snapshot.next(snapshot.settings().clone())));
             prop_assert_eq!(changed, before != snapshot, "what is as it was is no change");
             let expected = Snapshot::new(0, together.parts);
             prop_assert!(snapshot == expected, "{:#?}\n is not \n{:#?}", snapshot, expected);
@@ -220,6 +228,7 @@ proptest! {
                 let same = before.workload(&workload.uid).filter(|w| *w == workload);
                 prop_assert!(same.is_none_or(|w| Arc::ptr_eq(w, workload)), "{} is made anew", workload.uid);
             }
+            prop_assert_eq!(&live.node_pods(), &together.node_pods);
             told = live.problems().unwrap_or(told);
             prop_assert_eq!(&told, &together.problems);
             let names: Vec<_> = live.names(Table::Pod).into_iter().collect();

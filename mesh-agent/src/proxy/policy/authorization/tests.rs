@@ -43,8 +43,8 @@ fn workload(policies: Vec<AuthorizationPolicy>, mode: MtlsMode) -> Workload {
             version: text("v1"),
             canonical_name: text("app"),
             canonical_revision: text("v1"),
-            cluster: text("c"),
         }),
+        cluster: text("c"),
     }
 }
 

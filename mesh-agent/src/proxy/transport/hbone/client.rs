@@ -100,13 +100,15 @@ pub async fn open(
     *request.version_mut() = Version::HTTP_2;
     *request.uri_mut() = uri;
     request.headers_mut().insert("baggage", baggage.clone());
-    let mut requests = connection.requests.clone().ready().await?;
-    let (response, send) = requests.send_request(request, false)?;
-    let response = response.await.inspect_err(|e| {
+    // A connection that the peer drains lives for as long as its streams; it takes no other.
+    let drained = |e: &h2::Error| {
         if e.is_go_away() {
             connection.state.ended.set(true);
         }
-    })?;
+    };
+    let mut requests = connection.requests.clone().ready().await.inspect_err(drained)?;
+    let (response, send) = requests.send_request(request, false).inspect_err(drained)?;
+    let response = response.await.inspect_err(drained)?;
     match Refusal::from_status(response.status().as_u16()) {
         None => Ok(Ok((send, response.into_body()))),
         Some(refusal) => Ok(Err(refusal)),
