@@ -174,7 +174,7 @@ async fn every_page_over_a_real_socket() {
         seen,
         [
             ("cart-1", "refused", "STRICT, 8080=PERMISSIVE", 2),
-            ("far-1", "remote", "PERMISSIVE", 0),
+            ("far-1", "remote", "", 0),
             ("web-1", "enrolled", "PERMISSIVE", 2)
         ]
     );

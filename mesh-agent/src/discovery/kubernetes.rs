@@ -163,7 +163,7 @@ impl Cluster {
     /// Takes changes until they are to be handed on, not before `rested`; says whether there is anything new, or `None` at
     /// the end.
     fn wait(&mut self, runtime: &Handle, ears: &mut Ears, rested: Instant) -> Option<bool> {
-        let mut first = None;
+        let mut first: Option<Instant> = None;
         loop {
             let now = Instant::now();
             let left = match first {

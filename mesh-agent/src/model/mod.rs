@@ -19,6 +19,6 @@ pub use identity::{IdentityError, SpiffeId, TrustDomain};
 pub use node_pods::{NodePod, NodePods, Standing};
 pub use problem::{ObjectRef, Problem, Severity};
 pub use service::{Algorithm, Endpoint, Scope, Service, ServicePort};
-pub use snapshot::{MeshSettings, OutboundPolicy, Snapshot, SnapshotParts, Target};
 pub use shared_map::SharedMap;
+pub use snapshot::{MeshSettings, OutboundPolicy, Snapshot, SnapshotParts, Target};
 pub use workload::{Locality, Names, Transport, Workload};

@@ -64,8 +64,7 @@ impl Sites {
 
     /// The name of an object for its Problems.
     pub fn of(&self, kind: &str, namespace: &str, name: &str) -> Arc<ObjectRef> {
-        let at =
-            ObjectRef { file: String::new(), kind: kind.into(), namespace: namespace.into(), name: name.into() };
+        let at = ObjectRef { file: String::new(), kind: kind.into(), namespace: namespace.into(), name: name.into() };
         self.0.get(&at).cloned().unwrap_or_else(|| Arc::new(at))
     }
 }

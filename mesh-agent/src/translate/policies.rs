@@ -143,12 +143,7 @@ impl Policies {
     }
 
     /// `behind` gives the addresses behind a service, by namespace and name.
-    pub fn make_ready(
-        &mut self,
-        root_namespace: &str,
-        sites: &Sites,
-        behind: impl Fn(&str, &str) -> BTreeSet<IpAddr>,
-    ) {
+    pub fn make_ready(&mut self, root_namespace: &str, sites: &Sites, behind: impl Fn(&str, &str) -> BTreeSet<IpAddr>) {
         let mut ready = Ready::default();
         for AuthorizationPolicy { policy, scope } in self.authorization.values() {
             let group = match *policy.namespace == *root_namespace && !matches!(scope, Scope::Services(_)) {

@@ -92,7 +92,8 @@ pub(super) struct Services {
     addresses: HashMap<IpAddr, Few<ByAge>>,
     /// Those of which something else may become.
     due: BTreeSet<Name>,
-    gone: Vec<Arc<model::Service>>,
+    /// Of Services that are gone since `make`.
+    gone: BTreeMap<Name, Arc<model::Service>>,
     problems: BTreeMap<Name, Vec<Problem>>,
 }
 
@@ -122,10 +123,13 @@ impl Services {
                     self.due.extend(few.iter().flat_map(Few::as_slice).map(ByAge::key));
                     self.addresses.insert(*ip, Few::with(few, ByAge(service.clone())));
                 }
-                let made = self.all.get_mut(&key).and_then(|k| k.made.take());
+                let made = self.all.remove(&key).and_then(|k| k.made).or_else(|| self.gone.remove(&key));
                 self.all.insert(key.clone(), Known { service, made });
             }
-            None => self.gone.extend(self.all.remove(&key).and_then(|k| k.made)),
+            None => {
+                let made = self.all.remove(&key).and_then(|k| k.made);
+                self.gone.extend(made.map(|made| (key.clone(), made)));
+            }
         }
         self.due.insert(key);
     }
@@ -204,7 +208,7 @@ impl Services {
             changes.old_services.extend(std::mem::replace(&mut known.made, new.clone()));
             changes.new_services.extend(new);
         }
-        changes.old_services.append(&mut self.gone);
+        changes.old_services.extend(std::mem::take(&mut self.gone).into_values());
         due
     }
 

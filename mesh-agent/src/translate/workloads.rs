@@ -118,8 +118,7 @@ fn names(pod: &kubernetes::Pod, texts: &mut Texts) -> Names {
         app: texts.text(first(&["app", "app.kubernetes.io/name"]).unwrap_or("unknown")),
         version: texts.text(first(&["version", "app.kubernetes.io/version"]).unwrap_or("unknown")),
         canonical_name: texts.text(canonical_name.unwrap_or(&pod.workload_name)),
-        canonical_revision: texts
-            .text(first(&[REVISION, "app.kubernetes.io/version", "version"]).unwrap_or("latest")),
+        canonical_revision: texts.text(first(&[REVISION, "app.kubernetes.io/version", "version"]).unwrap_or("latest")),
     }
 }
 
@@ -225,8 +224,8 @@ pub(super) struct Pods {
     netns: Claims<Arc<Path>>,
     /// Those of which something else may become.
     due: BTreeSet<Name>,
-    /// Workloads of pods that are gone.
-    gone: Vec<Arc<Workload>>,
+    /// Workloads of pods that are gone since `make`.
+    gone: BTreeMap<Name, Arc<Workload>>,
     problems: BTreeMap<Name, Vec<Problem>>,
 }
 
@@ -269,12 +268,14 @@ impl Pods {
                     Some(_) => self.own.insert(key.clone()),
                     None => self.own.remove(&key),
                 };
-                let workload = self.all.get_mut(&key).and_then(|m| m.workload.take());
+                // One that was gone for a moment has changed, and not come.
+                let workload = self.all.remove(&key).and_then(|m| m.workload).or_else(|| self.gone.remove(&key));
                 self.all.insert(key.clone(), Member { pod, workload });
             }
             None => {
                 self.own.remove(&key);
-                self.gone.extend(self.all.remove(&key).and_then(|m| m.workload));
+                let workload = self.all.remove(&key).and_then(|m| m.workload);
+                self.gone.extend(workload.map(|w| (key.clone(), w)));
             }
         }
         self.due.insert(key);
@@ -334,7 +335,7 @@ impl Pods {
             changes.old_workloads.extend(std::mem::replace(&mut member.workload, new.clone()));
             changes.new_workloads.extend(new);
         }
-        changes.old_workloads.append(&mut self.gone);
+        changes.old_workloads.extend(std::mem::take(&mut self.gone).into_values());
     }
 
     pub fn workloads(&self) -> impl Iterator<Item = &Arc<Workload>> {

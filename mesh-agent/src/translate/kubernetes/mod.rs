@@ -50,7 +50,6 @@ pub(in crate::translate) struct Node {
 /// How pods of a class are run.
 #[derive(Debug)]
 pub(in crate::translate) struct RuntimeClass {
-    pub name: String,
     /// The container runtime's name of it.
     pub handler: String,
 }
@@ -109,8 +108,8 @@ struct WithHandler {
 }
 
 pub(in crate::translate) fn runtime_class(object: &Object, report: &mut Report) -> Option<RuntimeClass> {
-    let WithHandler { metadata, handler } = report.read(object)?;
-    report.unless_broken(RuntimeClass { name: metadata.name, handler })
+    let WithHandler { metadata: Metadata { .. }, handler } = report.read(object)?;
+    report.unless_broken(RuntimeClass { handler })
 }
 
 /// Nothing of a ServiceAccount is needed; a broken one is reported all the same.

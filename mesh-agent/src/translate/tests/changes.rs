@@ -65,8 +65,7 @@ impl Heard {
             1 => {
                 let mut value = of_kind("v1", "Node");
                 value["metadata"]["name"] = self.of(1, &NODES).into();
-                value["metadata"]["labels"] =
-                    json!({"topology.kubernetes.io/region": "r", "topology.kubernetes.io/zone": self.of(4, &["y", "z"])});
+                value["metadata"]["labels"] = json!({"topology.kubernetes.io/region": "r", "topology.kubernetes.io/zone": self.of(4, &["y", "z"])});
                 value
             }
             2 => self.pod(of_kind("v1", "Pod")),
@@ -130,7 +129,8 @@ impl Heard {
     }
 
     fn service(&self, mut value: Value) -> Value {
-        let named = json!([{"name": "http", "port": PORTS[0]}, {"name": "other", "port": PORTS[1], "targetPort": "http"}]);
+        let named =
+            json!([{"name": "http", "port": PORTS[0]}, {"name": "other", "port": PORTS[1], "targetPort": "http"}]);
         let one = json!([{"port": if self.yes(5, 9) { 0 } else { PORTS[0] }}]);
         let ports = if self.yes(6, 2) { named } else { one };
         value["spec"] = json!({"clusterIP": self.of(4, &SERVICES), "selector": {"app": "x"}, "ports": ports});
@@ -219,7 +219,8 @@ proptest! {
             }
             let next = live.snapshot(&snapshot);
             let changed = next.is_some();
-            let before = std::mem::replace(&mut snapshot, next.unwrap_or_else(|| snapshot.next(snapshot.settings().clone())));
+            let next = next.unwrap_or_else(|| snapshot.next(snapshot.settings().clone()));
+            let before = std::mem::replace(&mut snapshot, next);
             prop_assert_eq!(changed, before != snapshot, "what is as it was is no change");
             let expected = Snapshot::new(0, together.parts);
             prop_assert!(snapshot == expected, "{:#?}\n is not \n{:#?}", snapshot, expected);

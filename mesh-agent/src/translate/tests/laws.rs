@@ -193,7 +193,8 @@ fn pods_with_equal_policies_share_one_list() {
     objects.push(policy("all", json!({"rules": [{}]})));
     objects.push(policy("one", json!({"selector": {"matchLabels": {"app": "p7"}}, "rules": [{}]})));
     let t = translate(&settings(), &objects, &Memory::default());
-    let lists: std::collections::BTreeSet<_> = t.parts.workloads.iter().map(|w| Arc::as_ptr(w.rules.as_ref().unwrap())).collect();
+    let lists: std::collections::BTreeSet<_> =
+        t.parts.workloads.iter().map(|w| Arc::as_ptr(w.rules.as_ref().unwrap())).collect();
     assert_eq!(t.parts.workloads.len(), 200);
     assert_eq!(lists.len(), 2);
 }
