@@ -188,7 +188,7 @@ async fn every_page_over_a_real_socket() {
             "addresses": ["10.96.0.10"], "algorithm": "round-robin", "scope": "anywhere",
             "ports": [{"port": 80, "name": "http", "endpoints": [
                 {"address": "10.0.2.3:8080", "ready": true, "workload": "shop/cart-1"},
-                {"address": "10.0.2.4:8080", "ready": false, "workload": "shop/cart-1"},
+                {"address": "10.0.2.4:8080", "ready": false, "workload": null},
             ]}],
         }])
     );

@@ -231,7 +231,7 @@ impl Enrollment {
             let serving = matches!(stage, Stage::Serving);
             if serving && !settled && joining.is_empty() {
                 // Those whom an agent before us enrolled, and who are wanted no more.
-                self.let_strangers_go();
+                self.let_strangers_go(&pods);
                 settled = true;
                 self.settled.send_replace(true);
             }
@@ -242,7 +242,7 @@ impl Enrollment {
                         return;
                     }
                     if settled && serving {
-                        self.let_strangers_go();
+                        self.let_strangers_go(&pods);
                     }
                 }
                 Some(joined) = joining.join_next() => match joined {
@@ -408,15 +408,25 @@ impl Enrollment {
 
     /// Lets go those whom an agent before us enrolled, where the configuration *says* that they are not in the mesh. What it
     /// does not speak of stays closed: a manifest that cannot be read must open nothing.
-    fn let_strangers_go(&self) {
+    fn let_strangers_go(&self, pods: &BTreeMap<Arc<str>, Pod>) {
         // A Namespace that cannot be read makes its pods look as if they were outside.
         if self.inputs.problems.borrow().iter().any(|p| p.severity == Severity::Error) {
             return;
         }
-        let strangers = match self.inputs.redirect.enrolled() {
+        let mut strangers = match self.inputs.redirect.enrolled() {
             Ok(cookies) => cookies,
             Err(e) => return tracing::error!("cannot read the enrolled pods: {e}"),
         };
+        let ours = pods.values().filter_map(|pod| match &pod.state {
+            State::Enrolled { pod, .. } => Some(pod.netns.cookie()),
+            State::Joining(_) | State::Failed(_) | State::Due(_) => None,
+        });
+        let ours: HashSet<_> = ours.collect();
+        strangers.retain(|cookie| !ours.contains(cookie));
+        // To look for the namespaces of all that are outside is dear, and a change anywhere in the mesh comes here.
+        if strangers.is_empty() {
+            return;
+        }
         let snapshot = self.inputs.snapshot.load_full();
         let outside = snapshot.judged().filter(|w| w.is_on(&self.inputs.node) && w.transport == Transport::Plain);
         // Nor is a Namespace that is missing a word for leaving the mesh.

@@ -247,8 +247,9 @@ impl Bench {
         let mut latencies = Vec::new();
         for i in 0..arguments.changes {
             let before = self.generation()?;
-            self.put(&[changed(i, "one")])?;
+            // From before it is written.
             let start = Instant::now();
+            self.put(&[changed(i, "one")])?;
             while self.generation()? == before {
                 check_interrupt()?;
                 if start.elapsed() > PATIENCE {
