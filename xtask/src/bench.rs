@@ -5,19 +5,24 @@ use std::ffi::OsString;
 use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
+use clap::Parser as _;
 
+use crate::cluster::scale;
 use crate::run::{cargo, is_root, root, step};
 use crate::setup;
 
 #[derive(clap::Args)]
 #[command(disable_help_flag = true)]
 pub struct Arguments {
-    /// Which benchmark (l4), then its options: `cargo xtask bench l4 --help` lists them
+    /// Which benchmark (l4, scale), then its options: `cargo xtask bench l4 --help` lists them
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
     arguments: Vec<OsString>,
 }
 
 pub fn run(arguments: &Arguments) -> Result<()> {
+    if arguments.arguments[0] == "scale" {
+        return run_scale(&arguments.arguments);
+    }
     let asks = arguments.arguments.iter().any(|argument| argument == "--help" || argument == "-h");
     if !asks {
         if !is_root() {
@@ -43,6 +48,15 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         bail!("mesh-bench ended with {status}");
     }
     Ok(())
+}
+
+/// What an agent needs in a large cluster. Needs no mesh: a real API server is part of it.
+fn run_scale(arguments: &[OsString]) -> Result<()> {
+    let arguments = scale::Arguments::parse_from(arguments);
+    if arguments.builds() {
+        crate::build::run()?;
+    }
+    scale::run(arguments, &target().join("release/mesh-agent"))
 }
 
 fn target() -> std::path::PathBuf {

@@ -8,8 +8,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http_body_util::Full;
-use hyper::body::Incoming;
+use http_body_util::combinators::UnsyncBoxBody;
+use http_body_util::{BodyExt, Full, StreamBody};
+use hyper::body::{Frame, Incoming};
 use hyper::header::{ALLOW, CONTENT_TYPE, HeaderValue};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
@@ -22,9 +23,11 @@ use super::AdminError;
 use crate::lifecycle::Readiness;
 use crate::telemetry::Metrics;
 
-pub(super) type Page = Response<Full<Bytes>>;
+pub(super) type Page = Response<UnsyncBoxBody<Bytes, Infallible>>;
 
 const MAX_CONNECTIONS: usize = 64;
+/// Of a long page.
+const CHUNK: usize = 16 * 1024;
 /// Longer than the scrape intervals that are usual, so that Prometheus keeps its connection.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(65);
 /// A client that does not read what it asked for loses its place after this long, idle time between requests counted.
@@ -155,7 +158,29 @@ fn is_of_one_connection(error: &io::Error) -> bool {
 }
 
 pub(super) fn page(status: StatusCode, content_type: &'static str, body: impl Into<Bytes>) -> Page {
-    let mut page = Response::new(Full::new(body.into()));
+    respond(status, content_type, Full::new(body.into()).boxed_unsync())
+}
+
+/// A page that is made while it is read: one of a hundred thousand workloads is never in memory as a whole.
+pub(super) fn long_page(
+    content_type: &'static str,
+    mut pieces: impl Iterator<Item = Vec<u8>> + Send + 'static,
+) -> Page {
+    let chunks = std::iter::from_fn(move || {
+        let mut chunk = pieces.next()?;
+        while chunk.len() < CHUNK {
+            match pieces.next() {
+                Some(piece) => chunk.extend(piece),
+                None => break,
+            }
+        }
+        Some(Ok(Frame::data(Bytes::from(chunk))))
+    });
+    respond(StatusCode::OK, content_type, StreamBody::new(futures_util::stream::iter(chunks)).boxed_unsync())
+}
+
+fn respond(status: StatusCode, content_type: &'static str, body: UnsyncBoxBody<Bytes, Infallible>) -> Page {
+    let mut page = Response::new(body);
     *page.status_mut() = status;
     page.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
     page

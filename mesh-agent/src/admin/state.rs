@@ -65,59 +65,25 @@ impl AdminState {
         }
     }
 
-    pub(super) fn workloads(&self) -> Vec<WorkloadView> {
+    /// One after the other: all at once would be larger than all that the agent keeps.
+    pub(super) fn workloads(&self) -> impl Iterator<Item = WorkloadView> + use<> {
         let pods: BTreeMap<String, PodStatus> = (self.pods)().into_iter().map(|p| (p.uid.clone(), p)).collect();
-        let snapshot = self.snapshot.load();
-        let mut views: Vec<_> = snapshot.workloads().map(|w| self.workload(w, pods.get(&*w.uid))).collect();
-        views.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
-        views
+        let node = self.node.clone();
+        let workloads = by_name(self.snapshot.load().workloads(), |w| (&w.namespace, &w.name));
+        workloads.into_iter().map(move |w| workload(&w, &node, pods.get(&*w.uid)))
     }
 
-    fn workload(&self, workload: &Workload, pod: Option<&PodStatus>) -> WorkloadView {
-        let local = workload.is_on(&self.node);
-        let state = match (local, workload.transport, pod) {
-            (false, ..) => "remote",
-            (true, _, Some(PodStatus { enrolled: true, .. })) => "enrolled",
-            (true, _, Some(PodStatus { problem: Some(_), .. })) => "refused",
-            (true, Transport::Hbone, _) => "waiting",
-            (true, Transport::Plain, _) => "outside",
-        };
-        let mtls = std::iter::once(mode(workload.mtls.default).to_owned())
-            .chain(workload.mtls.ports.iter().map(|(port, m)| format!("{port}={}", mode(*m))))
-            .collect::<Vec<_>>()
-            .join(", ");
-        WorkloadView {
-            namespace: workload.namespace.to_string(),
-            name: workload.name.to_string(),
-            uid: workload.uid.to_string(),
-            addresses: workload.addresses.clone(),
-            node: workload.node.to_string(),
-            local,
-            identity: workload.identity.to_string(),
-            workload: workload.workload_name.to_string(),
-            transport: match workload.transport {
-                Transport::Hbone => "hbone".to_owned(),
-                Transport::Plain => "plain".to_owned(),
-            },
-            state: state.to_owned(),
-            problem: pod.and_then(|p| p.problem.clone()),
-            legacy_connections: pod.map_or(0, |p| p.legacy_connections),
-            mtls,
-            policies: workload.policies.policies.iter().map(|p| format!("{}/{}", p.namespace, p.name)).collect(),
-            region: workload.locality.region.to_string(),
-            zone: workload.locality.zone.to_string(),
-        }
-    }
-
-    pub(super) fn services(&self) -> Vec<ServiceView> {
-        self.snapshot.load().services().map(|s| service(s)).collect()
+    pub(super) fn services(&self) -> impl Iterator<Item = ServiceView> + use<> {
+        let snapshot = self.snapshot.load_full();
+        let services = by_name(snapshot.services(), |s| (&s.namespace, &s.name));
+        services.into_iter().map(move |s| service(&s, &snapshot))
     }
 
     pub(super) fn policies(&self) -> Vec<PolicyView> {
         let snapshot = self.snapshot.load();
         let mut all: BTreeMap<(String, String), PolicyView> = BTreeMap::new();
-        for workload in snapshot.workloads() {
-            for policy in &workload.policies.policies {
+        for workload in snapshot.judged() {
+            for policy in workload.rules.iter().flat_map(|rules| &rules.policies) {
                 all.entry((policy.namespace.to_string(), policy.name.to_string()))
                     .or_insert_with(|| policy_view(policy))
                     .workloads
@@ -180,8 +146,8 @@ impl AdminState {
             },
             certificate_authority: self.certificate_authority.clone(),
             snapshot_generation: snapshot.generation(),
-            workloads: snapshot.workloads().count(),
-            services: snapshot.services().count(),
+            workloads: snapshot.count_workloads(),
+            services: snapshot.count_services(),
             enrolled_pods: pods.iter().filter(|p| p.enrolled).count(),
             refused_pods: pods.iter().filter(|p| p.problem.is_some()).count(),
             legacy_connections: pods.iter().map(|p| p.legacy_connections).sum(),
@@ -201,33 +167,54 @@ impl AdminState {
                 .collect(),
         }
     }
+}
 
-    /// Everything that the data path goes by, for a bug report.
-    pub(super) fn config_dump(&self) -> impl Serialize {
-        #[derive(Serialize)]
-        struct Dump {
-            node: String,
-            version: &'static str,
-            snapshot_generation: u64,
-            settings: crate::model::MeshSettings,
-            workloads: Vec<Arc<Workload>>,
-            services: Vec<Arc<Service>>,
-            problems: Vec<Problem>,
-            pods: Vec<PodStatus>,
-            certificates: Vec<CertificateInfo>,
-        }
-        let snapshot = self.snapshot.load_full();
-        Dump {
-            node: self.node.clone(),
-            version: env!("CARGO_PKG_VERSION"),
-            snapshot_generation: snapshot.generation(),
-            settings: snapshot.settings().clone(),
-            workloads: snapshot.workloads().cloned().collect(),
-            services: snapshot.services().cloned().collect(),
-            problems: self.problems(),
-            pods: (self.pods)(),
-            certificates: self.certificates(),
-        }
+/// In the order of namespace and name.
+pub(super) fn by_name<'a, T: 'a>(
+    items: impl Iterator<Item = &'a Arc<T>>,
+    name: fn(&T) -> (&Arc<str>, &Arc<str>),
+) -> Vec<Arc<T>> {
+    let mut items: Vec<_> = items.cloned().collect();
+    items.sort_by(|a, b| name(a).cmp(&name(b)));
+    items
+}
+
+fn workload(workload: &Workload, node: &str, pod: Option<&PodStatus>) -> WorkloadView {
+    let local = workload.is_on(node);
+    let state = match (local, workload.transport, pod) {
+        (false, ..) => "remote",
+        (true, _, Some(PodStatus { enrolled: true, .. })) => "enrolled",
+        (true, _, Some(PodStatus { problem: Some(_), .. })) => "refused",
+        (true, Transport::Hbone, _) => "waiting",
+        (true, Transport::Plain, _) => "outside",
+    };
+    let mtls = workload.rules.as_ref().map(|rules| {
+        std::iter::once(mode(rules.mtls.default).to_owned())
+            .chain(rules.mtls.ports.iter().map(|(port, m)| format!("{port}={}", mode(*m))))
+            .collect::<Vec<_>>()
+            .join(", ")
+    });
+    let policies = workload.rules.iter().flat_map(|rules| &rules.policies);
+    WorkloadView {
+        namespace: workload.namespace.to_string(),
+        name: workload.name.to_string(),
+        uid: workload.uid.to_string(),
+        addresses: workload.addresses.to_vec(),
+        node: workload.node.to_string(),
+        local,
+        identity: workload.identity.to_string(),
+        workload: workload.names.workload.to_string(),
+        transport: match workload.transport {
+            Transport::Hbone => "hbone".to_owned(),
+            Transport::Plain => "plain".to_owned(),
+        },
+        state: state.to_owned(),
+        problem: pod.and_then(|p| p.problem.clone()),
+        legacy_connections: pod.map_or(0, |p| p.legacy_connections),
+        mtls: mtls.unwrap_or_default(),
+        policies: policies.map(|p| format!("{}/{}", p.namespace, p.name)).collect(),
+        region: workload.locality.region.to_string(),
+        zone: workload.locality.zone.to_string(),
     }
 }
 
@@ -243,7 +230,7 @@ fn mode(mode: MtlsMode) -> &'static str {
     }
 }
 
-fn service(service: &Service) -> ServiceView {
+fn service(service: &Service, snapshot: &Snapshot) -> ServiceView {
     ServiceView {
         namespace: service.namespace.to_string(),
         name: service.name.to_string(),
@@ -261,7 +248,7 @@ fn service(service: &Service) -> ServiceView {
                     .map(|e| EndpointView {
                         address: e.address.to_string(),
                         ready: e.ready,
-                        workload: e.workload.as_ref().map(|w| format!("{}/{}", w.namespace, w.name)),
+                        workload: snapshot.workload_at(e.address.ip()).map(|w| format!("{}/{}", w.namespace, w.name)),
                     })
                     .collect(),
             })

@@ -17,8 +17,8 @@ use crate::enrollment::PodStatus;
 use crate::identity::CertificateInfo;
 use crate::lifecycle::Readiness;
 use crate::model::{
-    Action, AuthorizationPolicy, Endpoint, Locality, MtlsMode, ObjectRef, Problem, Rule, ServicePort, Severity,
-    Snapshot, WorkloadPolicies,
+    Action, AuthorizationPolicy, Endpoint, MtlsMode, MtlsModes, ObjectRef, Problem, Rule, Rules, ServicePort, Severity,
+    Snapshot,
 };
 use crate::proxy::connections::ConnectionInfo;
 use crate::telemetry::fixtures::{service, snapshot, workload};
@@ -36,20 +36,19 @@ fn mesh() -> Snapshot {
     });
     let web = workload("shop", "web", "10.0.1.2");
     let mut cart = Arc::unwrap_or_clone(workload("shop", "cart", "10.0.2.3"));
-    cart.policies = Arc::new(WorkloadPolicies { policies: vec![policy] });
-    cart.mtls.default = MtlsMode::Strict;
-    cart.mtls.ports.insert(8080, MtlsMode::Permissive);
+    let mtls = MtlsModes { default: MtlsMode::Strict, ports: [(8080, MtlsMode::Permissive)].into() };
+    cart.rules = Some(Arc::new(Rules { mtls, policies: vec![policy] }));
     let cart = Arc::new(cart);
     let mut far = Arc::unwrap_or_clone(workload("shop", "far", "10.1.0.1"));
     far.node = "b".into();
+    far.rules = None;
     let mut service = Arc::unwrap_or_clone(service("shop", "cart"));
     let endpoint = |address: &str, ready| Endpoint {
         address: address.parse().unwrap(),
         ready,
         serving: ready,
-        locality: Locality::default(),
+        locality: Arc::default(),
         node: None,
-        workload: Some(cart.clone()),
     };
     service.ports.push(ServicePort {
         port: 80,
@@ -176,7 +175,7 @@ async fn every_page_over_a_real_socket() {
         seen,
         [
             ("cart-1", "refused", "STRICT, 8080=PERMISSIVE", 2),
-            ("far-1", "remote", "PERMISSIVE", 0),
+            ("far-1", "remote", "", 0),
             ("web-1", "enrolled", "PERMISSIVE", 2)
         ]
     );
@@ -190,7 +189,7 @@ async fn every_page_over_a_real_socket() {
             "addresses": ["10.96.0.10"], "algorithm": "round-robin", "scope": "anywhere",
             "ports": [{"port": 80, "name": "http", "endpoints": [
                 {"address": "10.0.2.3:8080", "ready": true, "workload": "shop/cart-1"},
-                {"address": "10.0.2.4:8080", "ready": false, "workload": "shop/cart-1"},
+                {"address": "10.0.2.4:8080", "ready": false, "workload": null},
             ]}],
         }])
     );

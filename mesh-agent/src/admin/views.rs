@@ -24,8 +24,9 @@ pub struct WorkloadView {
     /// Why it is refused.
     pub problem: Option<String>,
     pub legacy_connections: u64,
-    /// `STRICT`, and `STRICT, 8080=PERMISSIVE` where ports differ.
+    /// `STRICT`, and `STRICT, 8080=PERMISSIVE` where ports differ. Empty for a pod that another node judges: ask that one.
     pub mtls: String,
+    /// Of pods that are judged on the node that answers.
     pub policies: Vec<String>,
     pub region: String,
     pub zone: String,
@@ -58,7 +59,7 @@ pub struct EndpointView {
     pub workload: Option<String>,
 }
 
-/// `/policies`: each AuthorizationPolicy that holds for a workload.
+/// `/policies`: each AuthorizationPolicy that holds for a workload that is judged on the node that answers.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct PolicyView {
     pub namespace: String,

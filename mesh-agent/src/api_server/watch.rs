@@ -38,13 +38,15 @@ pub fn watch(
         Some(namespace) if kind.namespaced => Api::namespaced_with(server.client(), namespace, &resource),
         _ => Api::all_with(server.client(), &resource),
     };
-    let mut config = watcher::Config::default().any_semantic();
+    let mut config = watcher::Config::default().any_semantic().page_size(PAGE);
     if !fields.is_empty() {
         config = config.fields(fields);
     }
     let (url, what) = (server.url().to_owned(), format!("watch {}", kind.path(namespace.unwrap_or_default(), None)));
     let (api_version, kind) = (kind.api_version(), kind.kind.to_string());
-    let value = move |object: DynamicObject| {
+    let value = move |mut object: DynamicObject| {
+        // As large as all else together, and nobody reads it.
+        object.metadata.managed_fields = None;
         let mut value = object.data;
         value["apiVersion"] = api_version.clone().into();
         value["kind"] = kind.clone().into();
@@ -78,6 +80,8 @@ struct Retry {
     last: Option<Instant>,
 }
 
+/// Objects in one answer of a list: a page is read as a whole, and pods may be large.
+const PAGE: u32 = 200;
 const FIRST: Duration = Duration::from_millis(200);
 const LAST: Duration = Duration::from_secs(5);
 /// After so long without a failure the next one is a first one again.

@@ -6,10 +6,10 @@
 
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use tokio::sync::mpsc;
 
 use super::kubernetes::Word;
 
@@ -19,7 +19,7 @@ const LONGEST: Duration = Duration::from_secs(600);
 /// Where hints are told. Those of a source that is no API server are passed over.
 #[derive(Clone, Default)]
 pub struct Hints {
-    tell: Option<mpsc::Sender<Word>>,
+    tell: Option<mpsc::UnboundedSender<Word>>,
 }
 
 #[derive(Debug)]
@@ -41,7 +41,7 @@ pub(super) enum Hint {
 }
 
 impl Hints {
-    pub(super) fn new(tell: mpsc::Sender<Word>) -> Self {
+    pub(super) fn new(tell: mpsc::UnboundedSender<Word>) -> Self {
         Self { tell: Some(tell) }
     }
 

@@ -1,48 +1,58 @@
-//! The Kubernetes API as a source: each kind is listed and watched, and what is heard is gathered until it is quiet.
+//! The Kubernetes API as a source: each kind is listed and watched, and what is heard goes into the mesh change by change.
 //!
 //! Nothing is published before every kind has been listed once: half a mesh could be one without its policies. A kind
 //! whose CustomResourceDefinition is not installed has no objects. When the API server is away, everything stays as it
 //! was; a Problem says so, and goes when it answers again.
+//!
+//! No object is kept, nor a page of them for longer than it takes to read it: `Live` keeps what is needed of each. Only the
+//! pods of this node are, for the hints of the CNI plugin.
 
-use std::collections::BTreeMap;
-use std::sync::mpsc::{self, RecvTimeoutError};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
 use serde_json::Value;
+use tokio::runtime::Handle;
+use tokio::sync::mpsc;
 
 use super::hints::{self, Held, Hint};
 use super::of_source;
+use super::store::Publisher;
 use crate::api_server::{ApiError, ApiServer, Change, Kind, watch};
 use crate::model::{Problem, Severity};
-use crate::translate::{Object, Settings};
+use crate::translate::{Live, Name, Object, Settings, Table};
 
-/// A change is translated when nothing more was heard for this long: a Deployment's pods change together.
-const QUIET: Duration = Duration::from_millis(20);
+/// A change is handed on when nothing more was heard for this long: a Deployment's pods change together.
+const QUIET: Duration = Duration::from_millis(10);
 /// But not later than this after the first of them.
-const PATIENCE: Duration = Duration::from_millis(200);
+const PATIENCE: Duration = Duration::from_millis(50);
+/// How many times as long as it took to hand changes on it rests before the next: a fifth of a core is enough.
+const REST: u32 = 4;
+/// But not longer than this: a change is in force within a second.
+const LONGEST_REST: Duration = Duration::from_millis(500);
 /// A failure that was not followed by another for this long is over: failures come at least every 5 s, and may take 10.
 const FORGIVEN: Duration = Duration::from_secs(20);
 /// How often a failure is looked at that may be over.
 const TICK: Duration = Duration::from_secs(1);
+/// Changes that wait to be taken; whoever has more waits.
+const WAITING: usize = 64;
 
 /// The annotation that this agent writes, and compares with what it should be.
 const SHOWN: &str = "nodemesh.io/status";
 
 /// What is read from the API. Of each group the version that all releases of the last years serve.
-const KINDS: &[Kind] = &[
-    Kind::NAMESPACE,
-    Kind::NODE,
-    Kind::POD,
-    Kind::RUNTIME_CLASS,
-    Kind::SERVICE,
-    Kind::ENDPOINT_SLICE,
-    Kind::PEER_AUTHENTICATION,
-    Kind::AUTHORIZATION_POLICY,
+const KINDS: &[(Kind, Table)] = &[
+    (Kind::NAMESPACE, Table::Namespace),
+    (Kind::NODE, Table::Node),
+    (Kind::POD, Table::Pod),
+    (Kind::RUNTIME_CLASS, Table::RuntimeClass),
+    (Kind::SERVICE, Table::Service),
+    (Kind::ENDPOINT_SLICE, Table::EndpointSlice),
+    (Kind::PEER_AUTHENTICATION, Table::PeerAuthentication),
+    (Kind::AUTHORIZATION_POLICY, Table::AuthorizationPolicy),
 ];
-
-/// Where pods are in `KINDS`.
-const POD: usize = 2;
 
 /// What the discovery thread is told.
 #[derive(Debug)]
@@ -54,77 +64,135 @@ pub(super) enum Word {
     Settings(Box<Settings>, Vec<Problem>),
 }
 
-/// Starts to watch; what is heard goes to `heard` until its other end is gone.
-pub(super) fn listen(server: &ApiServer, heard: &mpsc::Sender<Word>) {
-    for (index, kind) in KINDS.iter().enumerate() {
+/// Where the discovery thread hears. What comes from the API server is bounded; what others say is little, and they must
+/// not wait.
+pub(super) struct Ears {
+    changes: mpsc::Receiver<Word>,
+    others: mpsc::UnboundedReceiver<Word>,
+}
+
+/// Starts to watch, until the ears are dropped. The other end is for what is not heard from the API server.
+pub(super) fn listen(server: &ApiServer) -> (mpsc::UnboundedSender<Word>, Ears) {
+    let (tell, changes) = mpsc::channel(WAITING);
+    for (index, (kind, _)) in KINDS.iter().enumerate() {
         let mut changes = Box::pin(watch(server, kind, None, ""));
-        let heard = heard.clone();
+        let tell = tell.clone();
         tokio::spawn(async move {
             while let Some(change) = changes.next().await {
-                if heard.send(Word::Changed(index, change)).is_err() {
+                if tell.send(Word::Changed(index, change)).await.is_err() {
                     return;
                 }
             }
         });
     }
+    let (others_tell, others) = mpsc::unbounded_channel();
+    (others_tell, Ears { changes, others })
 }
 
-/// All objects as the API server last gave them.
+impl Ears {
+    async fn next(&mut self) -> Option<Word> {
+        tokio::select! {
+            biased;
+            Some(word) = self.others.recv() => Some(word),
+            word = self.changes.recv() => word,
+        }
+    }
+}
+
+/// Takes what is heard and publishes what comes of it, until the other end of `watching` is gone. The calling thread works
+/// through all changes itself.
+pub(super) fn follow(
+    mut cluster: Cluster,
+    runtime: &Handle,
+    mut ears: Ears,
+    publisher: &Publisher,
+    watching: &Receiver<()>,
+) {
+    let mut rested = Instant::now();
+    while let Some(changed) = cluster.wait(runtime, &mut ears, rested) {
+        if watching.try_recv() == Err(TryRecvError::Disconnected) {
+            return;
+        }
+        if changed {
+            let start = Instant::now();
+            cluster.publish(publisher);
+            rested = Instant::now() + (start.elapsed() * REST).min(LONGEST_REST);
+        }
+    }
+}
+
+/// The mesh as the API server last gave it.
 pub(super) struct Cluster {
     url: String,
     kinds: Vec<Listed>,
-    settings: Option<(Settings, Vec<Problem>)>,
+    live: Live,
+    /// What is wrong with objects.
+    problems: Vec<Problem>,
+    /// What is wrong with the settings as their source has them now.
+    of_settings: Vec<Problem>,
+    node: Option<Arc<str>>,
+    /// The pods of this node as they are in force.
+    own: BTreeMap<Name, Value>,
     hints: Held,
 }
 
 #[derive(Default)]
 struct Listed {
-    objects: BTreeMap<(String, String), Object>,
-    /// A list that is being read; it counts when it is whole.
-    next: Option<BTreeMap<(String, String), Object>>,
+    /// While a list is being read: those that it has not named yet. What is left when it is whole is gone.
+    missing: Option<BTreeSet<Name>>,
     /// Whether a list was whole once, or there is no such kind.
     known: bool,
     failure: Option<(Instant, ApiError)>,
 }
 
 impl Cluster {
-    pub fn new(url: &str) -> Self {
+    pub fn new(url: &str, settings: Settings) -> Self {
         let kinds = KINDS.iter().map(|_| Listed::default()).collect();
-        Self { url: url.to_owned(), kinds, settings: None, hints: Held::default() }
+        Self {
+            url: url.to_owned(),
+            kinds,
+            node: settings.node.clone(),
+            live: Live::new(settings),
+            problems: Vec::new(),
+            of_settings: Vec::new(),
+            own: BTreeMap::new(),
+            hints: Held::default(),
+        }
     }
 
-    /// Waits for changes and takes them; says whether anything may have changed, or `None` at the end.
-    pub fn wait(&mut self, heard: &mpsc::Receiver<Word>) -> Option<bool> {
-        let mut changed = match heard.recv_timeout(TICK) {
-            Ok(first) => self.hear(first),
-            Err(RecvTimeoutError::Timeout) => return Some(self.forgive()),
-            Err(RecvTimeoutError::Disconnected) => return None,
-        };
-        let start = Instant::now();
+    /// Takes changes until they are to be handed on, not before `rested`; says whether there is anything new, or `None` at
+    /// the end.
+    fn wait(&mut self, runtime: &Handle, ears: &mut Ears, rested: Instant) -> Option<bool> {
+        let mut first: Option<Instant> = None;
         loop {
-            let left = PATIENCE.saturating_sub(start.elapsed()).min(QUIET);
-            match heard.recv_timeout(left) {
-                Ok(more) => changed |= self.hear(more),
-                // A list that is being read is waited for, unless it takes long.
-                Err(RecvTimeoutError::Timeout) => return Some(changed),
-                Err(RecvTimeoutError::Disconnected) => return None,
+            let now = Instant::now();
+            let left = match first {
+                None => TICK,
+                Some(first) => (first + PATIENCE).min(now + QUIET).max(rested).saturating_duration_since(now),
+            };
+            if left.is_zero() {
+                return Some(true);
             }
-            if start.elapsed() > PATIENCE {
-                return Some(changed);
+            match runtime.block_on(async { tokio::time::timeout(left, ears.next()).await }) {
+                Ok(Some(word)) => {
+                    if self.hear(word) {
+                        first.get_or_insert_with(Instant::now);
+                    }
+                }
+                Ok(None) => return None,
+                Err(_) if first.is_some() => return Some(true),
+                Err(_) => return Some(self.forgive()),
             }
         }
     }
 
-    /// Settings that have come since the last call.
-    pub fn new_settings(&mut self) -> Option<(Settings, Vec<Problem>)> {
-        self.settings.take()
-    }
-
+    /// Says whether anything may be different now.
     fn hear(&mut self, word: Word) -> bool {
         match word {
             Word::Changed(index, change) => self.change(index, change),
             Word::Settings(settings, problems) => {
-                self.settings = Some((*settings, problems));
+                self.live.set_settings(*settings);
+                self.of_settings = problems;
                 true
             }
             Word::Hint(hint) => self.take_hint(hint),
@@ -132,13 +200,12 @@ impl Cluster {
     }
 
     fn take_hint(&mut self, hint: Hint) -> bool {
-        let listed = &mut self.kinds[POD];
-        let known = |pods: &BTreeMap<(String, String), Object>, namespace: String, name: String, uid: &str| {
-            pods.get(&(namespace, name)).filter(|pod| hints::uid(pod.value()) == uid).map(|pod| pod.value().clone())
+        let known = |own: &BTreeMap<Name, Value>, namespace: &str, name: &str, uid: &str| {
+            own.get(&(namespace.into(), name.into())).filter(|pod| hints::uid(pod) == uid).cloned()
         };
         let pod = match hint {
             Hint::Addresses { namespace, name, uid, addresses } => {
-                let known = known(&listed.objects, namespace, name, &uid);
+                let known = known(&self.own, &namespace, &name, &uid);
                 if !self.hints.add(uid, &addresses, known.as_ref()) {
                     return false;
                 }
@@ -149,7 +216,7 @@ impl Cluster {
             }
             Hint::Withdrawn { namespace, name, uid, addresses } => {
                 let before = self.hints.withdraw(&uid, &addresses);
-                before.zip(known(&listed.objects, namespace, name, &uid)).map(|(before, mut pod)| {
+                before.zip(known(&self.own, &namespace, &name, &uid)).map(|(before, mut pod)| {
                     hints::set(&mut pod, &before);
                     pod
                 })
@@ -157,60 +224,79 @@ impl Cluster {
             // Where there is no hint any more, the pod has gone meanwhile.
             Hint::Found(mut pod) if self.hints.has(hints::uid(&pod)) => {
                 self.hints.adorn(&mut pod);
-                let is_new = object(pod.clone()).is_some_and(|(key, _)| !listed.objects.contains_key(&key));
+                let is_new = object(pod.clone()).is_some_and(|o| !self.live.has(Table::Pod, &name(&o)));
                 is_new.then_some(pod)
             }
             Hint::Found(_) => None,
         };
-        let Some((key, object)) = pod.and_then(object) else { return false };
-        listed.objects.insert(key, object);
-        listed.known
+        let Some(object) = pod.and_then(object) else { return false };
+        self.put(&object);
+        self.kinds.iter().zip(KINDS).any(|(listed, (_, table))| *table == Table::Pod && listed.known)
     }
 
+    fn put(&mut self, object: &Object) {
+        self.live.put(object);
+        if object.kind() != "Pod" {
+            return;
+        }
+        let node = object.value().pointer("/spec/nodeName").and_then(Value::as_str);
+        match self.node.is_some() && node == self.node.as_deref() {
+            true => drop(self.own.insert(name(object), object.value().clone())),
+            false => drop(self.own.remove(&name(object))),
+        }
+    }
+
+    fn remove(&mut self, table: Table, name: Name) {
+        if table == Table::Pod {
+            self.own.remove(&name);
+        }
+        self.live.remove(table, name);
+    }
+
+    /// Says whether anything may be different now.
     fn change(&mut self, index: usize, mut change: Change) -> bool {
+        let table = KINDS[index].1;
         match &mut change {
-            Change::Listed(pod) | Change::Applied(pod) if index == POD => self.hints.adorn(pod),
-            Change::Deleted(pod) if index == POD => self.hints.forget(hints::uid(pod)),
+            Change::Listed(pod) | Change::Applied(pod) if table == Table::Pod => self.hints.adorn(pod),
+            Change::Deleted(pod) if table == Table::Pod => self.hints.forget(hints::uid(pod)),
             _ => {}
         }
         let listed = &mut self.kinds[index];
         if !matches!(change, Change::Failed(_)) {
             listed.failure = None;
         }
+        let known = listed.known;
         match change {
-            Change::Begin => listed.next = Some(BTreeMap::new()),
-            Change::Listed(value) => {
-                if let Some((key, object)) = object(value) {
-                    // An object that was known and has not changed keeps its value, so that it is not translated again.
-                    let object =
-                        listed.objects.get(&key).filter(|o| same_version(o, &object)).cloned().unwrap_or(object);
-                    listed.next.get_or_insert_default().insert(key, object);
+            Change::Begin => {
+                listed.missing = Some(self.live.names(table));
+                false
+            }
+            Change::Listed(value) | Change::Applied(value) => {
+                let Some(object) = object(value) else { return false };
+                if let Some(missing) = &mut listed.missing {
+                    missing.remove(&name(&object));
                 }
+                self.put(&object);
+                known
             }
             Change::Complete => {
-                if let Some(next) = listed.next.take() {
-                    listed.objects = next;
-                }
                 listed.known = true;
-                return true;
-            }
-            Change::Applied(value) => {
-                if let Some((key, object)) = object(value) {
-                    listed.objects.insert(key, object);
-                    return listed.known;
-                }
+                let gone = listed.missing.take().unwrap_or_default();
+                gone.into_iter().for_each(|name| self.remove(table, name));
+                true
             }
             Change::Deleted(value) => {
-                if let Some((key, _)) = object(value) {
-                    listed.objects.remove(&key);
-                    return listed.known;
-                }
+                let Some(object) = object(value) else { return false };
+                self.remove(table, name(&object));
+                known
             }
             // The list or watch of a kind that is not installed.
             Change::Failed(ApiError::NotFound { .. }) => {
-                let gone = !std::mem::take(&mut listed.objects).is_empty();
-                (listed.next, listed.failure) = (None, None);
-                return !std::mem::replace(&mut listed.known, true) || gone;
+                *listed = Listed { known: true, ..Listed::default() };
+                let gone = self.live.names(table);
+                let new = !known || !gone.is_empty();
+                gone.into_iter().for_each(|name| self.remove(table, name));
+                new
             }
             Change::Failed(error) => {
                 let new = listed.failure.is_none();
@@ -218,10 +304,9 @@ impl Cluster {
                     tracing::debug!("{error}");
                 }
                 listed.failure = Some((Instant::now(), error));
-                return new;
+                new
             }
         }
-        false
     }
 
     /// Forgets failures that are over; says whether there was one.
@@ -236,20 +321,35 @@ impl Cluster {
         changed
     }
 
+    /// Before all is known only what hinders it is told.
+    fn publish(&mut self, publisher: &Publisher) {
+        if self.is_known() {
+            let before = publisher.snapshot();
+            let next = self.live.snapshot(&before);
+            publisher.tell_of_pods(self.live.node_pods());
+            match next {
+                Some(next) => publisher.publish(next),
+                // Who waits for a generation waits for the first answer.
+                None if before.generation() == 0 => publisher.publish(before.next(before.settings().clone())),
+                None => {}
+            }
+            if let Some(problems) = self.live.problems() {
+                self.problems = problems;
+            }
+        }
+        publisher.tell([self.of_source(), self.of_settings.clone(), self.problems.clone()].concat());
+    }
+
     /// Whether every kind has been listed.
-    pub fn is_known(&self) -> bool {
+    fn is_known(&self) -> bool {
         self.kinds.iter().all(|listed| listed.known)
     }
 
-    pub fn objects(&self) -> Vec<Object> {
-        self.kinds.iter().flat_map(|listed| listed.objects.values().cloned()).collect()
-    }
-
-    /// Each thing that goes wrong, once.
-    pub fn problems(&self) -> Vec<Problem> {
+    /// Each thing that goes wrong with the API server, once.
+    fn of_source(&self) -> Vec<Problem> {
         let mut problems = Vec::new();
         let mut away = None;
-        for (listed, kind) in self.kinds.iter().zip(KINDS) {
+        for (listed, (kind, _)) in self.kinds.iter().zip(KINDS) {
             let Some((_, error)) = &listed.failure else { continue };
             if error.is_temporary() {
                 away = Some(error);
@@ -270,57 +370,37 @@ impl Cluster {
     }
 }
 
-fn same_version(known: &Object, new: &Object) -> bool {
-    let version =
-        |o: &Object| o.value().pointer("/metadata/resourceVersion").and_then(Value::as_str).map(str::to_owned);
-    version(known).is_some_and(|v| version(new) == Some(v))
+fn name(object: &Object) -> Name {
+    let at = object.reference();
+    (at.namespace.as_str().into(), at.name.as_str().into())
 }
 
 /// `None` for what is no object, which the API server does not give.
-fn object(mut value: Value) -> Option<((String, String), Object)> {
-    trim(&mut value);
-    let object = Object::from_value("", value).ok()?.into_iter().next()?;
-    let reference = object.reference();
-    Some(((reference.namespace.clone(), reference.name.clone()), object))
+fn object(mut value: Value) -> Option<Object> {
+    if value.get("kind").and_then(Value::as_str) == Some("Pod") {
+        trim(&mut value);
+    }
+    Object::from_value("", value).ok()?.into_iter().next()
 }
 
-/// Takes away what nobody reads and is large.
-fn trim(value: &mut Value) {
-    let mut drop = |at: &str, keys: &[&str]| {
-        if let Some(Value::Object(map)) = value.pointer_mut(at) {
-            map.retain(|key, _| !keys.contains(&key.as_str()));
+/// Takes away from a pod what nobody reads and is large.
+fn trim(pod: &mut Value) {
+    let mut keep = |at: &str, keys: &[&str]| {
+        if let Some(Value::Object(map)) = pod.pointer_mut(at) {
+            map.retain(|key, _| keys.contains(&key.as_str()));
         }
     };
-    drop("/metadata", &["managedFields", "finalizers", "selfLink", "generateName"]);
-    let is_pod = value.get("kind").and_then(Value::as_str) == Some("Pod");
-    if let Some(Value::Object(annotations)) = value.pointer_mut("/metadata/annotations") {
-        annotations.retain(|key, _| is_pod && key == SHOWN);
-    }
-    match value.get("kind").and_then(Value::as_str) {
-        Some("Pod") => {
-            let keep = |value: &mut Value, at: &str, keys: &[&str]| {
-                if let Some(Value::Object(map)) = value.pointer_mut(at) {
-                    map.retain(|key, _| keys.contains(&key.as_str()));
-                }
-            };
-            let spec = ["nodeName", "serviceAccountName", "serviceAccount", "hostNetwork", "runtimeClassName"];
-            keep(value, "/spec", &[&spec[..], &["containers"]].concat());
-            keep(value, "/status", &["phase", "podIP", "podIPs", "conditions"]);
-            if let Some(Value::Array(containers)) = value.pointer_mut("/spec/containers") {
-                for container in containers {
-                    if let Value::Object(map) = container {
-                        map.retain(|key, _| key == "ports");
-                    }
-                }
+    // Others are any pod owner's to write, and could name another's network namespace.
+    keep("/metadata/annotations", &[SHOWN]);
+    let spec = ["nodeName", "serviceAccountName", "serviceAccount", "hostNetwork", "runtimeClassName", "containers"];
+    keep("/spec", &spec);
+    keep("/status", &["phase", "podIP", "podIPs", "conditions"]);
+    if let Some(Value::Array(containers)) = pod.pointer_mut("/spec/containers") {
+        for container in containers {
+            if let Value::Object(map) = container {
+                map.retain(|key, _| key == "ports");
             }
         }
-        Some("Node") => {
-            if let Value::Object(map) = value {
-                map.remove("spec");
-                map.remove("status");
-            }
-        }
-        _ => {}
     }
 }
 
@@ -328,124 +408,220 @@ fn trim(value: &mut Value) {
 mod tests {
     use serde_json::json;
 
+    use super::super::store::Published;
     use super::*;
+    use crate::model::{Snapshot, TrustDomain};
 
-    fn pod(name: &str, version: &str) -> Value {
-        json!({"apiVersion": "v1", "kind": "Pod", "metadata": {
-            "name": name, "namespace": "shop", "resourceVersion": version, "managedFields": [{"manager": "x"}],
-            "annotations": {"nodemesh.io/netns": "/run/netns/other"}},
-            "spec": {"nodeName": "n1", "containers": [{"name": "c", "env": [{"name": "SECRET", "value": "s"}]}]}})
+    fn pod(name: &str, ip: &str) -> Value {
+        json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "namespace": "shop", "uid": name,
+            "annotations": {"nodemesh.io/netns": "no path"}},
+            "spec": {"nodeName": "n1", "containers": [{"name": "c", "env": [{"name": "SECRET", "value": "s"}]}]},
+            "status": {"podIP": ip}})
     }
 
-    fn known() -> Cluster {
-        let mut cluster = Cluster::new("https://api");
-        for index in 0..KINDS.len() {
-            cluster.change(index, Change::Begin);
-            cluster.change(index, Change::Complete);
+    const POD: usize = 2;
+    const POLICY: usize = 7;
+
+    /// A cluster that has said of all kinds that there is nothing, and what came of it.
+    struct Test {
+        cluster: Cluster,
+        publisher: Publisher,
+        published: Published,
+    }
+
+    impl Test {
+        fn new() -> Self {
+            let mut settings = Settings::new(TrustDomain::new("cluster.local").unwrap());
+            settings.node = Some("n1".into());
+            let (publisher, published) = Publisher::new(&settings);
+            Self { cluster: Cluster::new("https://api", settings), publisher, published }
         }
-        cluster
+
+        fn known() -> Self {
+            let mut test = Self::new();
+            for index in 0..KINDS.len() {
+                test.take(index, Change::Begin);
+                test.take(index, Change::Complete);
+            }
+            test
+        }
+
+        fn take(&mut self, index: usize, change: Change) -> bool {
+            self.hear(Word::Changed(index, change))
+        }
+
+        fn hear(&mut self, word: Word) -> bool {
+            let changed = self.cluster.hear(word);
+            self.cluster.publish(&self.publisher);
+            changed
+        }
+
+        fn snapshot(&self) -> Arc<Snapshot> {
+            self.published.snapshot.load_full()
+        }
+
+        fn pods(&self) -> Vec<String> {
+            let mut pods: Vec<_> = self.snapshot().workloads().map(|w| w.name.to_string()).collect();
+            pods.sort();
+            pods
+        }
+
+        fn problems(&self) -> Vec<String> {
+            self.published.problems.borrow().iter().map(ToString::to_string).collect()
+        }
     }
 
     #[test]
     fn nothing_counts_before_every_kind_is_listed() {
-        let mut cluster = Cluster::new("https://api");
+        let mut test = Test::new();
         for index in 0..KINDS.len() - 1 {
-            cluster.change(index, Change::Begin);
-            cluster.change(index, Change::Complete);
-            assert!(!cluster.is_known());
+            test.take(index, Change::Begin);
+            if index == POD {
+                test.take(index, Change::Listed(pod("a", "10.0.0.1")));
+            }
+            test.take(index, Change::Complete);
+            assert_eq!(test.snapshot().generation(), 0);
         }
         let missing = ApiError::NotFound { what: "watch".into(), why: "no such kind".into() };
-        cluster.change(KINDS.len() - 1, Change::Failed(missing));
-        assert!(cluster.is_known(), "a kind that is not installed has no objects");
-        assert!(cluster.problems().is_empty());
+        test.take(KINDS.len() - 1, Change::Failed(missing));
+        assert_eq!(test.pods(), ["a"], "a kind that is not installed has no objects");
+        assert!(test.problems().is_empty());
     }
 
     #[test]
-    fn a_list_counts_when_it_is_whole() {
-        let mut cluster = known();
-        assert!(cluster.change(POD, Change::Applied(pod("a", "1"))));
-        cluster.change(POD, Change::Begin);
-        cluster.change(POD, Change::Listed(pod("b", "2")));
-        assert_eq!(cluster.objects()[0].reference().name, "a");
-        cluster.change(POD, Change::Complete);
-        let names: Vec<_> = cluster.objects().iter().map(|o| o.reference().name.clone()).collect();
-        assert_eq!(names, ["b"]);
-        cluster.change(POD, Change::Deleted(pod("b", "3")));
-        assert!(cluster.objects().is_empty());
+    fn what_a_list_does_not_name_is_gone_when_it_is_whole() {
+        let mut test = Test::known();
+        assert!(test.take(POD, Change::Applied(pod("a", "10.0.0.1"))));
+        test.take(POD, Change::Begin);
+        test.take(POD, Change::Listed(pod("b", "10.0.0.2")));
+        assert_eq!(test.pods(), ["a", "b"]);
+        // It broke off and begins anew.
+        test.take(POD, Change::Begin);
+        test.take(POD, Change::Listed(pod("b", "10.0.0.2")));
+        test.take(POD, Change::Complete);
+        assert_eq!(test.pods(), ["b"]);
+        test.take(POD, Change::Deleted(pod("b", "10.0.0.2")));
+        assert!(test.pods().is_empty());
     }
 
     #[test]
-    fn what_is_listed_again_unchanged_stays_the_same_object() {
-        let mut cluster = known();
-        cluster.change(POD, Change::Applied(pod("a", "1")));
-        let before = cluster.objects();
-        for (version, same) in [("1", true), ("2", false)] {
-            cluster.change(POD, Change::Begin);
-            cluster.change(POD, Change::Listed(pod("a", version)));
-            cluster.change(POD, Change::Complete);
-            assert_eq!(cluster.objects()[0].is_same(&before[0]), same);
+    fn what_is_heard_again_unchanged_makes_no_new_snapshot() {
+        let mut test = Test::known();
+        test.take(POD, Change::Applied(pod("a", "10.0.0.1")));
+        let before = test.snapshot();
+        test.take(POD, Change::Begin);
+        test.take(POD, Change::Listed(pod("a", "10.0.0.1")));
+        test.take(POD, Change::Complete);
+        assert!(Arc::ptr_eq(&before, &test.snapshot()));
+        test.take(POD, Change::Applied(pod("a", "10.0.0.2")));
+        assert!(!Arc::ptr_eq(&before, &test.snapshot()));
+    }
+
+    #[test]
+    fn a_policy_that_breaks_stays_as_it_was_and_is_gone_when_it_is_deleted() {
+        let policy = |action: &str| {
+            json!({"apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy",
+                "metadata": {"name": "p", "namespace": "shop", "annotations": {"istio.io/dry-run": "true"}},
+                "spec": {"action": action, "rules": [{}]}})
+        };
+        let mut test = Test::known();
+        test.take(POD, Change::Applied(pod("a", "10.0.0.1")));
+        for (action, said) in [("DENY", None), ("DNEY", Some("the last good version stays in force"))] {
+            test.take(POLICY, Change::Applied(policy(action)));
+            let snapshot = test.snapshot();
+            let a = snapshot.workload("a").unwrap();
+            let dry_run: Vec<_> = a.rules.as_ref().unwrap().policies.iter().map(|p| p.dry_run).collect();
+            assert_eq!(dry_run, [true], "annotations of policies count");
+            assert_eq!(test.problems().iter().any(|p| said.is_some_and(|said| p.contains(said))), said.is_some());
         }
+        test.take(POLICY, Change::Deleted(policy("DENY")));
+        assert!(test.snapshot().workload("a").unwrap().rules.as_ref().unwrap().policies.is_empty());
+        assert!(test.problems().is_empty());
     }
 
     #[test]
     fn an_api_server_that_is_away_changes_nothing_and_is_said_once() {
-        let mut cluster = known();
-        cluster.change(POD, Change::Applied(pod("a", "1")));
+        let mut test = Test::known();
+        test.take(POD, Change::Applied(pod("a", "10.0.0.1")));
         for index in 0..KINDS.len() {
             let away = ApiError::Unreachable { url: "https://api".into(), why: "connection refused".into() };
-            cluster.change(index, Change::Failed(away));
+            test.take(index, Change::Failed(away));
         }
-        assert_eq!(cluster.objects().len(), 1);
-        let problems = cluster.problems();
+        assert_eq!(test.pods(), ["a"]);
+        let problems = test.problems();
         assert_eq!(problems.len(), 1, "{problems:?}");
-        assert!(problems[0].message.ends_with("runs on with what it knows, and catches up by itself"));
+        assert!(problems[0].ends_with("runs on with what it knows, and catches up by itself"));
         for index in 0..KINDS.len() {
-            cluster.change(index, Change::Begin);
+            test.take(index, Change::Begin);
         }
-        assert!(cluster.problems().is_empty());
+        assert!(test.problems().is_empty());
     }
 
     #[test]
     fn a_hint_makes_a_pod_known_at_its_address_before_the_api_server_does() {
-        let mut cluster = known();
-        let mut starting = pod("a", "1");
-        starting["metadata"]["uid"] = json!("u");
-        let of = |cluster: &Cluster| cluster.objects()[0].value()["status"]["podIPs"].clone();
-        let hint = |name: &str| Hint::Addresses {
-            namespace: "shop".into(),
-            name: name.into(),
-            uid: "u".into(),
+        let mut test = Test::known();
+        let mut starting = pod("a", "");
+        let of = |test: &Test| test.snapshot().workloads().map(|w| w.addresses[0].to_string()).collect::<Vec<_>>();
+        let (namespace, name, uid) = ("shop".to_owned(), "a".to_owned(), "a".to_owned());
+        let hint = || Hint::Addresses {
+            namespace: namespace.clone(),
+            name: name.clone(),
+            uid: uid.clone(),
             addresses: vec!["10.0.0.1".parse().unwrap()],
         };
         // The hint first, as when the watch lags behind; then the pod, asked for alone.
-        assert!(!cluster.hear(Word::Hint(hint("a"))));
-        assert!(cluster.hear(Word::Hint(Hint::Found(starting.clone()))));
-        assert_eq!(of(&cluster), json!([{"ip": "10.0.0.1"}]));
-        cluster.change(POD, Change::Applied(starting.clone()));
-        assert_eq!(of(&cluster), json!([{"ip": "10.0.0.1"}]), "the watch has none yet");
-        starting["status"]["podIPs"] = json!([{"ip": "10.0.0.2"}]);
-        cluster.change(POD, Change::Applied(starting.clone()));
-        assert_eq!(of(&cluster), json!([{"ip": "10.0.0.2"}]));
+        assert!(!test.hear(Word::Hint(hint())));
+        assert!(test.hear(Word::Hint(Hint::Found(starting.clone()))));
+        assert_eq!(of(&test), ["10.0.0.1"]);
+        test.take(POD, Change::Applied(starting.clone()));
+        assert_eq!(of(&test), ["10.0.0.1"], "the watch has none yet");
+        starting["status"] = json!({"podIPs": [{"ip": "10.0.0.2"}]});
+        test.take(POD, Change::Applied(starting.clone()));
+        assert_eq!(of(&test), ["10.0.0.2"]);
         // A new sandbox, and its end.
-        assert!(cluster.hear(Word::Hint(hint("a"))));
-        assert_eq!(of(&cluster), json!([{"ip": "10.0.0.1"}]));
-        let Hint::Addresses { namespace, name, uid, addresses } = hint("a") else { unreachable!() };
-        assert!(cluster.hear(Word::Hint(Hint::Withdrawn { namespace, name, uid, addresses })));
-        assert_eq!(of(&cluster), json!([{"ip": "10.0.0.2"}]));
+        assert!(test.hear(Word::Hint(hint())));
+        assert_eq!(of(&test), ["10.0.0.1"]);
+        let addresses = vec!["10.0.0.1".parse().unwrap()];
+        let (namespace, name, uid) = (namespace.clone(), name.clone(), uid.clone());
+        assert!(test.hear(Word::Hint(Hint::Withdrawn { namespace, name, uid, addresses })));
+        assert_eq!(of(&test), ["10.0.0.2"]);
         // A pod that is gone stays so.
-        cluster.hear(Word::Hint(hint("a")));
-        cluster.change(POD, Change::Deleted(starting.clone()));
-        assert!(!cluster.hear(Word::Hint(Hint::Found(starting))));
-        assert!(cluster.objects().is_empty());
+        test.hear(Word::Hint(hint()));
+        test.take(POD, Change::Deleted(starting.clone()));
+        assert!(!test.hear(Word::Hint(Hint::Found(starting))));
+        assert!(of(&test).is_empty());
     }
 
     #[test]
-    fn what_nobody_reads_is_not_kept() {
-        let mut value = pod("a", "1");
-        trim(&mut value);
-        let text = value.to_string();
-        for gone in ["managedFields", "SECRET", "netns"] {
-            assert!(!text.contains(gone), "{text}");
+    fn of_pods_only_those_of_this_node_are_kept_and_without_what_nobody_reads() {
+        let mut test = Test::known();
+        test.take(POD, Change::Applied(pod("a", "10.0.0.1")));
+        let mut elsewhere = pod("b", "10.0.0.2");
+        elsewhere["spec"]["nodeName"] = json!("n2");
+        test.take(POD, Change::Applied(elsewhere));
+        assert_eq!(test.pods(), ["a", "b"]);
+        let kept: Vec<_> = test.cluster.own.values().map(Value::to_string).collect();
+        assert_eq!(kept.len(), 1);
+        for gone in ["SECRET", "netns"] {
+            assert!(!kept[0].contains(gone), "{kept:?}");
         }
+        test.take(POD, Change::Deleted(pod("a", "10.0.0.1")));
+        assert!(test.cluster.own.is_empty());
+    }
+
+    #[test]
+    fn other_settings_mean_something_else_at_once() {
+        let mut test = Test::known();
+        let mut labelled = pod("a", "10.0.0.1");
+        labelled["metadata"]["labels"] = json!({"istio.io/dataplane-mode": "ambient"});
+        test.take(POD, Change::Applied(labelled));
+        let transport = |test: &Test| test.snapshot().workload("a").unwrap().transport;
+        assert_eq!(transport(&test), crate::model::Transport::Plain);
+        let mut settings = Settings::new(TrustDomain::new("cluster.local").unwrap());
+        (settings.node, settings.istio_labels) = (Some("n1".into()), true);
+        settings.outbound = crate::model::OutboundPolicy::RegistryOnly;
+        test.hear(Word::Settings(Box::new(settings), Vec::new()));
+        assert_eq!(transport(&test), crate::model::Transport::Hbone);
+        assert_eq!(test.snapshot().settings().outbound, crate::model::OutboundPolicy::RegistryOnly);
     }
 }

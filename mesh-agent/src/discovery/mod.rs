@@ -15,6 +15,7 @@ use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::watch;
 
 use crate::api_server::ApiServer;
@@ -23,7 +24,7 @@ use crate::translate::Settings;
 use file::{Directory, Scan};
 pub use hints::Hints;
 use last_good::LastGood;
-use store::Store;
+use store::{Publisher, Store};
 
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -99,34 +100,16 @@ pub fn start(options: Options) -> Result<Sources, DiscoveryError> {
 /// Lists and watches what the mesh needs of a cluster. When this returns, the snapshot is what the API server said; it waits
 /// for as long as the API server does not say it. To be called on a runtime, which makes the requests.
 pub async fn start_kubernetes(server: &ApiServer, settings: Settings) -> Result<Sources, DiscoveryError> {
-    let (mut store, published) = Store::new(settings, &[]);
-    let (tell, heard) = mpsc::channel();
+    let (publisher, published) = Publisher::new(&settings);
     let (ended, watching) = mpsc::channel();
-    kubernetes::listen(server, &tell);
-    let settings_to = SettingsTo(tell.clone());
-    let mut cluster = kubernetes::Cluster::new(server.url());
-    let url = server.url().to_owned();
+    let (tell, ears) = kubernetes::listen(server);
+    let cluster = kubernetes::Cluster::new(server.url(), settings);
+    let runtime = tokio::runtime::Handle::current();
     std::thread::Builder::new()
         .name("discovery".into())
-        .spawn(move || {
-            while let Some(changed) = cluster.wait(&heard) {
-                if watching.try_recv() == Err(mpsc::TryRecvError::Disconnected) {
-                    return;
-                }
-                if !changed {
-                    continue;
-                }
-                if let Some((settings, problems)) = cluster.new_settings() {
-                    store.set(settings, problems);
-                }
-                match cluster.is_known() {
-                    true => store.take(&cluster.objects(), cluster.problems()),
-                    false => store.wait(cluster.problems()),
-                }
-            }
-        })
-        .map_err(|source| DiscoveryError::Thread { directory: url.into(), source })?;
-    let hints = Hints::new(tell);
+        .spawn(move || kubernetes::follow(cluster, &runtime, ears, &publisher, &watching))
+        .map_err(|source| DiscoveryError::Thread { directory: server.url().into(), source })?;
+    let (settings_to, hints) = (SettingsTo(tell.clone()), Hints::new(tell));
     let store::Published { snapshot, mut changed, mut problems, node_pods } = published;
     let mut said = Arc::default();
     while *changed.borrow_and_update() == 0 {
@@ -147,7 +130,7 @@ pub async fn start_kubernetes(server: &ApiServer, settings: Settings) -> Result<
 
 /// The way of new settings to the discovery thread.
 #[derive(Clone)]
-pub struct SettingsTo(mpsc::Sender<kubernetes::Word>);
+pub struct SettingsTo(UnboundedSender<kubernetes::Word>);
 
 impl SettingsTo {
     /// Everything is translated anew with them. `problems`: what is wrong with the settings as their source has them now.

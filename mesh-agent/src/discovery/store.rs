@@ -8,11 +8,15 @@ use tokio::sync::watch;
 use crate::model::{MeshSettings, NodePods, Problem, Snapshot};
 use crate::translate::{Memory, Object, Settings, Translation, translate};
 
+/// For a source that knows all its objects at any time.
 pub(super) struct Store {
     settings: Settings,
-    /// What is wrong with the settings as their source has them now.
-    of_settings: Vec<Problem>,
     memory: Memory,
+    publisher: Publisher,
+}
+
+/// The writing ends of what the rest of the agent reads.
+pub(super) struct Publisher {
     snapshot: Arc<ArcSwap<Snapshot>>,
     changed: watch::Sender<u64>,
     problems: watch::Sender<Arc<Vec<Problem>>>,
@@ -30,6 +34,34 @@ pub(super) struct Published {
 impl Store {
     /// `good` is what was last good when another process held it.
     pub fn new(settings: Settings, good: &[Object]) -> (Self, Published) {
+        let (publisher, published) = Publisher::new(&settings);
+        let memory = translate(&settings, good, &Memory::default()).memory;
+        (Self { settings, memory, publisher }, published)
+    }
+
+    /// The last good version of every object.
+    pub fn good(&self) -> impl Iterator<Item = &Object> {
+        self.memory.good()
+    }
+
+    /// Takes all objects there are now, and what the source has to report itself.
+    pub fn take(&mut self, objects: &[Object], of_source: Vec<Problem>) {
+        let Translation { parts, node_pods, mut problems, memory } = translate(&self.settings, objects, &self.memory);
+        self.memory = memory;
+        problems.extend(of_source);
+        self.publisher.tell_of_pods(node_pods);
+        let before = self.publisher.snapshot();
+        let next = Snapshot::new(before.generation() + 1, parts);
+        // The first one is published even if it is empty: who waits for a generation waits for the first answer.
+        if before.generation() == 0 || *before != next {
+            self.publisher.publish(next);
+        }
+        self.publisher.tell(problems);
+    }
+}
+
+impl Publisher {
+    pub fn new(settings: &Settings) -> (Self, Published) {
         let mesh = MeshSettings { trust_domain: settings.trust_domain.clone(), outbound: settings.outbound };
         let snapshot = Arc::new(ArcSwap::from_pointee(Snapshot::empty(mesh)));
         let (changed, changed_rx) = watch::channel(0);
@@ -41,58 +73,37 @@ impl Store {
             problems: problems_rx,
             node_pods: node_pods_rx,
         };
-        let memory = translate(&settings, good, &Memory::default()).memory;
-        (Self { settings, of_settings: Vec::new(), memory, snapshot, changed, problems, node_pods }, published)
+        (Self { snapshot, changed, problems, node_pods }, published)
     }
 
-    /// The last good version of every object.
-    pub fn good(&self) -> impl Iterator<Item = &Object> {
-        self.memory.good()
+    pub fn snapshot(&self) -> Arc<Snapshot> {
+        self.snapshot.load_full()
     }
 
-    /// From the next `take` on everything is translated with these; `problems` are of their source.
-    pub fn set(&mut self, settings: Settings, problems: Vec<Problem>) {
-        (self.settings, self.of_settings) = (settings, problems);
+    pub fn publish(&self, next: Snapshot) {
+        self.snapshot.store(Arc::new(next));
+        self.changed.send_modify(|generation| *generation += 1);
     }
 
-    /// The objects are not known yet: only what hinders it is told.
-    pub fn wait(&mut self, problems: Vec<Problem>) {
-        self.tell(problems);
-    }
-
-    /// Takes all objects there are now, and what the source has to report itself.
-    pub fn take(&mut self, objects: &[Object], of_source: Vec<Problem>) {
-        let Translation { parts, node_pods, mut problems, memory } = translate(&self.settings, objects, &self.memory);
-        self.memory = memory;
-        problems.extend(of_source);
-        problems.extend(self.of_settings.iter().cloned());
+    pub fn tell(&self, mut problems: Vec<Problem>) {
         problems.sort();
         problems.dedup();
-        self.node_pods.send_if_modified(|known| {
-            let new = **known != node_pods;
-            if new {
-                *known = Arc::new(node_pods);
-            }
-            new
-        });
-        let before = self.snapshot.load();
-        let next = Snapshot::new(before.generation() + 1, parts);
-        // The first one is published even if it is empty: who waits for a generation waits for the first answer.
-        let differs = before.generation() == 0 || **before != next;
-        if differs {
-            self.snapshot.store(Arc::new(next));
-            self.changed.send_modify(|generation| *generation += 1);
-        }
-        self.tell(problems);
+        send(&self.problems, problems);
     }
 
-    fn tell(&self, problems: Vec<Problem>) {
-        self.problems.send_if_modified(|known| {
-            let new = **known != problems;
-            if new {
-                *known = Arc::new(problems);
-            }
-            new
-        });
+    /// To be told before a snapshot of the same objects.
+    pub fn tell_of_pods(&self, node_pods: NodePods) {
+        send(&self.node_pods, node_pods);
     }
+}
+
+/// Only what is new.
+fn send<T: PartialEq>(to: &watch::Sender<Arc<T>>, value: T) {
+    to.send_if_modified(|known| {
+        let new = **known != value;
+        if new {
+            *known = Arc::new(value);
+        }
+        new
+    });
 }

@@ -36,7 +36,11 @@ impl Mesh {
 
     fn pods(&self) -> Vec<String> {
         let snapshot = self.sources.snapshot.load();
-        snapshot.workloads().map(|w| format!("{} {}", w.name, w.addresses[0])).collect()
+        {
+            let mut pods: Vec<_> = snapshot.workloads().map(|w| format!("{} {}", w.name, w.addresses[0])).collect();
+            pods.sort();
+            pods
+        }
     }
 
     fn problems(&self) -> Vec<String> {
@@ -189,9 +193,11 @@ async fn a_policy_file_that_was_never_readable_closes_what_it_speaks_of() {
     let denied = |mesh: &Mesh| -> Vec<String> {
         let snapshot = mesh.sources.snapshot.load();
         let of = |w: &Arc<crate::model::Workload>| {
-            w.policies.policies.iter().map(|p| format!("{} {:?}", w.name, p.action)).collect::<Vec<_>>()
+            w.rules.as_ref().unwrap().policies.iter().map(|p| format!("{} {:?}", w.name, p.action)).collect::<Vec<_>>()
         };
-        snapshot.workloads().flat_map(of).collect()
+        let mut denied: Vec<_> = snapshot.workloads().flat_map(of).collect();
+        denied.sort();
+        denied
     };
     for (namespace, closed, outcome) in [
         (", namespace: shop", &["b Deny"][..], "the pods of shop are closed"),
@@ -236,7 +242,8 @@ async fn what_was_last_good_survives_a_restart() {
         Mesh { sources: start(options).unwrap(), folder: tempfile::tempdir().unwrap() }
     };
     let closing = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: { name: p }\nspec: 7\n";
-    let closed = |m: &Mesh| m.sources.snapshot.load().workloads().all(|w| w.policies.policies.len() == 1);
+    let closed =
+        |m: &Mesh| m.sources.snapshot.load().workloads().all(|w| w.rules.as_ref().unwrap().policies.len() == 1);
     write(&mesh.join("file.yaml"), &format!("{}---\n{closing}", pod("file", "10.0.0.1")));
     write(&mesh.join("object.yaml"), &pod("object", "10.0.0.2"));
     write(&mesh.join("gone.yaml"), &pod("gone", "10.0.0.3"));

@@ -75,7 +75,7 @@ impl Places {
     /// The path of the workload's network namespace. Reads files: not for a thread that must not wait.
     pub fn find(&self, workload: &Workload) -> Result<PathBuf, FindError> {
         match self {
-            Self::Manifests => workload.netns.clone().ok_or(FindError::NotNamed),
+            Self::Manifests => workload.netns.as_deref().map(PathBuf::from).ok_or(FindError::NotNamed),
             Self::Processes(processes) => processes.find(&workload.uid),
         }
     }

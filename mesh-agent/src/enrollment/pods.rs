@@ -231,7 +231,7 @@ impl Enrollment {
             let serving = matches!(stage, Stage::Serving);
             if serving && !settled && joining.is_empty() {
                 // Those whom an agent before us enrolled, and who are wanted no more.
-                self.let_strangers_go();
+                self.let_strangers_go(&pods);
                 settled = true;
                 self.settled.send_replace(true);
             }
@@ -242,7 +242,7 @@ impl Enrollment {
                         return;
                     }
                     if settled && serving {
-                        self.let_strangers_go();
+                        self.let_strangers_go(&pods);
                     }
                 }
                 Some(joined) = joining.join_next() => match joined {
@@ -286,7 +286,7 @@ impl Enrollment {
     fn reconcile(&self, pods: &mut BTreeMap<Arc<str>, Pod>, joining: &mut JoinSet<Joined>) {
         let snapshot = self.inputs.snapshot.load_full();
         let wanted: BTreeMap<Arc<str>, Arc<Workload>> =
-            snapshot.workloads().filter(|w| self.is_wanted(w)).map(|w| (w.uid.clone(), w.clone())).collect();
+            snapshot.judged().filter(|w| self.is_wanted(w)).map(|w| (w.uid.clone(), w.clone())).collect();
         // A sandbox that was made anew: the old one's end may still go on, or is not noticed yet.
         let moved = |uid: &str, pod: &Pod| match &pod.state {
             State::Enrolled { pod, .. } => self.inputs.places.has_moved(uid, pod.netns.id()),
@@ -408,17 +408,27 @@ impl Enrollment {
 
     /// Lets go those whom an agent before us enrolled, where the configuration *says* that they are not in the mesh. What it
     /// does not speak of stays closed: a manifest that cannot be read must open nothing.
-    fn let_strangers_go(&self) {
+    fn let_strangers_go(&self, pods: &BTreeMap<Arc<str>, Pod>) {
         // A Namespace that cannot be read makes its pods look as if they were outside.
         if self.inputs.problems.borrow().iter().any(|p| p.severity == Severity::Error) {
             return;
         }
-        let strangers = match self.inputs.redirect.enrolled() {
+        let mut strangers = match self.inputs.redirect.enrolled() {
             Ok(cookies) => cookies,
             Err(e) => return tracing::error!("cannot read the enrolled pods: {e}"),
         };
+        let ours = pods.values().filter_map(|pod| match &pod.state {
+            State::Enrolled { pod, .. } => Some(pod.netns.cookie()),
+            State::Joining(_) | State::Failed(_) | State::Due(_) => None,
+        });
+        let ours: HashSet<_> = ours.collect();
+        strangers.retain(|cookie| !ours.contains(cookie));
+        // To look for the namespaces of all that are outside is dear, and a change anywhere in the mesh comes here.
+        if strangers.is_empty() {
+            return;
+        }
         let snapshot = self.inputs.snapshot.load_full();
-        let outside = snapshot.workloads().filter(|w| w.is_on(&self.inputs.node) && w.transport == Transport::Plain);
+        let outside = snapshot.judged().filter(|w| w.is_on(&self.inputs.node) && w.transport == Transport::Plain);
         // Nor is a Namespace that is missing a word for leaving the mesh.
         let outside = outside.filter(|w| w.mode_is_said);
         for cookie in
@@ -490,7 +500,7 @@ fn enter(
 pub(super) fn entry_of(workload: &Workload, netns: &Netns, listeners: &Listeners) -> PodEntry {
     PodEntry {
         cookie: netns.cookie(),
-        addresses: workload.addresses.clone(),
+        addresses: workload.addresses.to_vec(),
         hbone_listener: listeners.hbone.as_raw_fd(),
         plain_listener: listeners.plain.as_raw_fd(),
     }
@@ -529,7 +539,7 @@ fn status(pod: &Pod) -> PodStatus {
         uid: uid.to_string(),
         namespace: namespace.to_string(),
         name: name.to_string(),
-        addresses: addresses.clone(),
+        addresses: addresses.to_vec(),
         enrolled,
         problem,
         legacy_connections: legacy,

@@ -9,9 +9,12 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-/// All policies that hold for one workload, root-namespace ones first, then its namespace's, then those that select it.
+/// What holds for connections to one workload.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
-pub struct WorkloadPolicies {
+pub struct Rules {
+    /// STRICT, PERMISSIVE or DISABLE, by port.
+    pub mtls: MtlsModes,
+    /// Root-namespace ones first, then its namespace's, then those that select it.
     pub policies: Vec<Arc<AuthorizationPolicy>>,
 }
 
@@ -83,7 +86,7 @@ pub struct IpBlock {
 pub struct PortMatch(pub u16);
 
 /// PeerAuthentication's mode for connections that come in.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize)]
 #[serde(rename_all = "UPPERCASE")]
 pub enum MtlsMode {
     /// Mutual TLS only.
@@ -96,7 +99,7 @@ pub enum MtlsMode {
 }
 
 /// The mode of a workload, already resolved over mesh, namespace and workload.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize)]
 pub struct MtlsModes {
     pub default: MtlsMode,
     /// By port of the application.

@@ -10,10 +10,13 @@ pub struct TrustDomain(Arc<str>);
 
 /// The identity of a workload. Cheap to clone.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct SpiffeId {
+pub struct SpiffeId(Arc<Parts>);
+
+#[derive(PartialEq, Eq, Hash, PartialOrd, Ord)]
+struct Parts {
     trust_domain: TrustDomain,
-    namespace: Arc<str>,
-    service_account: Arc<str>,
+    namespace: Box<str>,
+    service_account: Box<str>,
 }
 
 /// Why a text is no identity of this mesh.
@@ -51,28 +54,28 @@ impl SpiffeId {
                 return Err(IdentityError::Name(name.to_owned()));
             }
         }
-        Ok(Self {
+        Ok(Self(Arc::new(Parts {
             trust_domain: trust_domain.clone(),
             namespace: namespace.into(),
             service_account: service_account.into(),
-        })
+        })))
     }
 
     pub fn trust_domain(&self) -> &TrustDomain {
-        &self.trust_domain
+        &self.0.trust_domain
     }
 
     pub fn namespace(&self) -> &str {
-        &self.namespace
+        &self.0.namespace
     }
 
     pub fn service_account(&self) -> &str {
-        &self.service_account
+        &self.0.service_account
     }
 
     /// As Istio's `principals` field writes it: without the scheme, `cluster.local/ns/default/sa/web`.
     pub fn principal(&self) -> String {
-        format!("{}/ns/{}/sa/{}", self.trust_domain.as_str(), self.namespace, self.service_account)
+        format!("{}/ns/{}/sa/{}", self.0.trust_domain.as_str(), self.0.namespace, self.0.service_account)
     }
 }
 
@@ -90,7 +93,7 @@ impl FromStr for SpiffeId {
 
 impl fmt::Display for SpiffeId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "spiffe://{}/ns/{}/sa/{}", self.trust_domain.as_str(), self.namespace, self.service_account)
+        write!(f, "spiffe://{}/ns/{}/sa/{}", self.0.trust_domain.as_str(), self.0.namespace, self.0.service_account)
     }
 }
 

@@ -2,19 +2,23 @@
 //! no Kubernetes or Istio type. `translate` makes it, the proxy reads it through one atomic swap.
 
 mod authorization;
+mod few;
 mod identity;
 mod node_pods;
 mod problem;
 mod service;
+mod shared_map;
 mod snapshot;
 mod workload;
 
 pub use authorization::{
-    Action, AuthorizationPolicy, IpBlock, Match, MtlsMode, MtlsModes, PortMatch, Rule, StringMatch, WorkloadPolicies,
+    Action, AuthorizationPolicy, IpBlock, Match, MtlsMode, MtlsModes, PortMatch, Rule, Rules, StringMatch,
 };
+pub use few::Few;
 pub use identity::{IdentityError, SpiffeId, TrustDomain};
 pub use node_pods::{NodePod, NodePods, Standing};
 pub use problem::{ObjectRef, Problem, Severity};
 pub use service::{Algorithm, Endpoint, Scope, Service, ServicePort};
+pub use shared_map::SharedMap;
 pub use snapshot::{MeshSettings, OutboundPolicy, Snapshot, SnapshotParts, Target};
-pub use workload::{Locality, Transport, Workload};
+pub use workload::{Locality, Names, Transport, Workload};

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-use super::{Locality, Workload};
+use super::Locality;
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Service {
@@ -31,6 +31,7 @@ pub struct ServicePort {
     pub endpoints: Vec<Endpoint>,
 }
 
+/// Which workload is behind it, `Snapshot::workload_at` says: a pod that changes must not change its services.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Endpoint {
     pub address: SocketAddr,
@@ -38,11 +39,8 @@ pub struct Endpoint {
     /// some are `serving`.
     pub ready: bool,
     pub serving: bool,
-    pub locality: Locality,
+    pub locality: Arc<Locality>,
     pub node: Option<Arc<str>>,
-    /// The workload behind it, if the mesh knows one.
-    #[serde(serialize_with = "name_only")]
-    pub workload: Option<Arc<Workload>>,
 }
 
 /// How one of several equal endpoints is chosen for a new connection.
@@ -74,13 +72,5 @@ impl Service {
 
     pub fn is_headless(&self) -> bool {
         self.addresses.is_empty()
-    }
-}
-
-/// An endpoint is printed with the name of its workload; the workload has an entry of its own.
-fn name_only<S: serde::Serializer>(workload: &Option<Arc<Workload>>, s: S) -> Result<S::Ok, S::Error> {
-    match workload {
-        Some(w) => s.collect_str(&format_args!("{}/{}", w.namespace, w.name)),
-        None => s.serialize_none(),
     }
 }

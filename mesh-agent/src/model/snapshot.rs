@@ -1,12 +1,12 @@
 //! Everything the data path knows, indexed by address; swapped as one `Arc`.
 
-use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use serde::Serialize;
 
-use super::{Service, TrustDomain, Workload};
+use super::few::Few;
+use super::{Service, SharedMap, TrustDomain, Workload};
 
 /// Settings of the whole mesh that the data path needs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -33,17 +33,23 @@ pub struct SnapshotParts {
 }
 
 /// The configuration in force. Two snapshots are equal when they mean the same, whatever their generation.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Snapshot {
     generation: u64,
     settings: MeshSettings,
-    workloads: BTreeMap<Arc<str>, Arc<Workload>>,
-    services: BTreeMap<(Arc<str>, Arc<str>), Arc<Service>>,
-    by_address: HashMap<IpAddr, Arc<Workload>>,
-    by_vip: HashMap<IpAddr, Arc<Service>>,
-    /// Endpoint address -> the service that names it; the first by namespace and name where several do.
-    by_endpoint: HashMap<SocketAddr, Arc<Service>>,
+    workloads: SharedMap<Arc<str>, Arc<Workload>>,
+    /// Of them, those that are judged here.
+    judged: SharedMap<Arc<str>, Arc<Workload>>,
+    services: SharedMap<(Arc<str>, Arc<str>), Arc<Service>>,
+    by_address: SharedMap<IpAddr, Arc<Workload>>,
+    by_vip: SharedMap<IpAddr, Arc<Service>>,
+    /// Endpoint address -> the services that name it, by namespace and name.
+    by_endpoint: SharedMap<SocketAddr, Few<ByName>>,
 }
+
+/// A service in the order of namespace and name, which also tells it from others.
+#[derive(Debug, Clone)]
+struct ByName(Arc<Service>);
 
 /// What a destination means.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -62,19 +68,77 @@ impl Snapshot {
     /// Later workloads and services win where two claim one address; `translate` has made a Problem of it.
     pub fn new(generation: u64, parts: SnapshotParts) -> Self {
         let SnapshotParts { settings, workloads, services } = parts;
-        let by_address =
-            workloads.iter().flat_map(|w| w.addresses.iter().map(|a| (a.to_canonical(), w.clone()))).collect();
-        let by_vip = services.iter().flat_map(|s| s.addresses.iter().map(|a| (a.to_canonical(), s.clone()))).collect();
-        let services: BTreeMap<_, _> =
-            services.into_iter().map(|s| ((s.namespace.clone(), s.name.clone()), s)).collect();
-        let mut by_endpoint = HashMap::new();
-        for service in services.values() {
-            for endpoint in service.ports.iter().flat_map(|p| &p.endpoints) {
-                by_endpoint.entry(endpoint.address).or_insert_with(|| service.clone());
+        let mut snapshot = Self {
+            generation,
+            settings,
+            workloads: SharedMap::default(),
+            judged: SharedMap::default(),
+            services: SharedMap::default(),
+            by_address: SharedMap::default(),
+            by_vip: SharedMap::default(),
+            by_endpoint: SharedMap::default(),
+        };
+        workloads.into_iter().for_each(|w| snapshot.insert_workload(w));
+        services.into_iter().for_each(|s| snapshot.insert_service(s));
+        snapshot
+    }
+
+    /// A copy to be changed, of the generation that comes next. It shares what does not change.
+    pub fn next(&self, settings: MeshSettings) -> Self {
+        Self { generation: self.generation + 1, settings, ..self.clone() }
+    }
+
+    pub fn insert_workload(&mut self, workload: Arc<Workload>) {
+        for address in &*workload.addresses {
+            self.by_address.insert(address.to_canonical(), workload.clone());
+        }
+        if workload.rules.is_some() {
+            self.judged.insert(workload.uid.clone(), workload.clone());
+        }
+        self.workloads.insert(workload.uid.clone(), workload);
+    }
+
+    /// Takes it out wherever this very version of it stands.
+    pub fn remove_workload(&mut self, workload: &Arc<Workload>) {
+        let is_it = |found: Option<&Arc<Workload>>| found.is_some_and(|w| Arc::ptr_eq(w, workload));
+        for address in workload.addresses.iter().map(IpAddr::to_canonical) {
+            if is_it(self.by_address.get(&address)) {
+                self.by_address.remove(&address);
             }
         }
-        let workloads = workloads.into_iter().map(|w| (w.uid.clone(), w)).collect();
-        Self { generation, settings, workloads, services, by_address, by_vip, by_endpoint }
+        for map in [&mut self.workloads, &mut self.judged] {
+            if is_it(map.get(&workload.uid)) {
+                map.remove(&workload.uid);
+            }
+        }
+    }
+
+    pub fn insert_service(&mut self, service: Arc<Service>) {
+        for address in &service.addresses {
+            self.by_vip.insert(address.to_canonical(), service.clone());
+        }
+        for endpoint in service.ports.iter().flat_map(|p| &p.endpoints) {
+            self.by_endpoint.change(endpoint.address, |few| Some(Few::with(few, ByName(service.clone()))));
+        }
+        self.services.insert((service.namespace.clone(), service.name.clone()), service);
+    }
+
+    /// Takes it out wherever this very version of it stands.
+    pub fn remove_service(&mut self, service: &Arc<Service>) {
+        let is_it = |found: Option<&Arc<Service>>| found.is_some_and(|s| Arc::ptr_eq(s, service));
+        for address in service.addresses.iter().map(IpAddr::to_canonical) {
+            if is_it(self.by_vip.get(&address)) {
+                self.by_vip.remove(&address);
+            }
+        }
+        let by_name = ByName(service.clone());
+        for endpoint in service.ports.iter().flat_map(|p| &p.endpoints) {
+            self.by_endpoint.change(endpoint.address, |few| Few::without(few, &by_name));
+        }
+        let key = (service.namespace.clone(), service.name.clone());
+        if is_it(self.services.get(&key)) {
+            self.services.remove(&key);
+        }
     }
 
     /// The mesh before anything is known: no workload, no service.
@@ -99,17 +163,32 @@ impl Snapshot {
         self.workloads.get(uid)
     }
 
+    /// In no order.
     pub fn workloads(&self) -> impl Iterator<Item = &Arc<Workload>> {
         self.workloads.values()
     }
 
+    /// Those that have rules: a node has a hundred of them where the mesh has a hundred thousand workloads.
+    pub fn judged(&self) -> impl Iterator<Item = &Arc<Workload>> {
+        self.judged.values()
+    }
+
+    pub fn count_services(&self) -> usize {
+        self.services.len()
+    }
+
+    pub fn count_workloads(&self) -> usize {
+        self.workloads.len()
+    }
+
+    /// In no order.
     pub fn services(&self) -> impl Iterator<Item = &Arc<Service>> {
         self.services.values()
     }
 
     /// The service that has `address` among its endpoints, for telemetry.
     pub fn service_of_endpoint(&self, address: SocketAddr) -> Option<&Arc<Service>> {
-        self.by_endpoint.get(&address)
+        self.by_endpoint.get(&address).map(|few| &few.first().0)
     }
 
     /// What the destination of a connection means.
@@ -124,7 +203,7 @@ impl Snapshot {
         match self.by_address.get(&ip) {
             Some(workload) => Target::Workload {
                 workload: workload.clone(),
-                service: self.by_endpoint.get(&SocketAddr::new(ip, destination.port())).cloned(),
+                service: self.service_of_endpoint(SocketAddr::new(ip, destination.port())).cloned(),
             },
             None => Target::Outside,
         }
@@ -134,5 +213,31 @@ impl Snapshot {
 impl PartialEq for Snapshot {
     fn eq(&self, other: &Self) -> bool {
         self.settings == other.settings && self.workloads == other.workloads && self.services == other.services
+    }
+}
+
+impl ByName {
+    fn key(&self) -> (&str, &str) {
+        (&self.0.namespace, &self.0.name)
+    }
+}
+
+impl PartialEq for ByName {
+    fn eq(&self, other: &Self) -> bool {
+        self.key() == other.key()
+    }
+}
+
+impl Eq for ByName {}
+
+impl PartialOrd for ByName {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for ByName {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        self.key().cmp(&other.key())
     }
 }

@@ -1,14 +1,14 @@
 //! A workload: one pod (or machine) that sends and receives traffic.
 
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::Arc;
 
 use serde::Serialize;
 
-use super::{MtlsModes, SpiffeId, WorkloadPolicies};
+use super::{Rules, SpiffeId};
 
-/// One pod, with all that a connection from or to it needs to know.
+/// One pod, with all that a connection from or to it needs to know. A mesh has many: what repeats is shared.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Workload {
     /// Stable over the pod's life and never used again: `metadata.uid`, or `namespace/name` where a manifest has none.
@@ -17,27 +17,31 @@ pub struct Workload {
     pub namespace: Arc<str>,
     pub identity: SpiffeId,
     /// `status.podIPs`; at most one of each family is used as the pod's own address.
-    pub addresses: Vec<IpAddr>,
+    pub addresses: Arc<[IpAddr]>,
     /// `spec.nodeName`.
     pub node: Arc<str>,
-    pub locality: Locality,
+    pub locality: Arc<Locality>,
     /// How other nodes reach it.
     pub transport: Transport,
     /// Whether a manifest says so: its own label or a Namespace. Without either it is outside, but only for want of better.
     pub mode_is_said: bool,
     /// Set by the annotation `nodemesh.io/netns`: where the pod's network namespace is, in standalone mode.
-    pub netns: Option<PathBuf>,
-    /// The policies that hold for connections *to* it.
-    pub policies: Arc<WorkloadPolicies>,
-    /// STRICT, PERMISSIVE or DISABLE for connections *to* it, by port.
-    pub mtls: MtlsModes,
-    /// Names for metrics and logs, from labels and owners as Istio derives them. `unknown` where there is none.
-    pub workload_name: Arc<str>,
+    pub netns: Option<Arc<Path>>,
+    /// By which connections *to* it are judged. `None` where another node does that: nothing is let in by it here.
+    pub rules: Option<Arc<Rules>>,
+    pub names: Arc<Names>,
+    pub cluster: Arc<str>,
+}
+
+/// Names for metrics and logs, from labels and owners as Istio derives them. `unknown` where there is none.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize)]
+pub struct Names {
+    /// Of what made the pod, such as its Deployment.
+    pub workload: Arc<str>,
     pub app: Arc<str>,
     pub version: Arc<str>,
     pub canonical_name: Arc<str>,
     pub canonical_revision: Arc<str>,
-    pub cluster: Arc<str>,
 }
 
 /// How a workload is reached from another node.

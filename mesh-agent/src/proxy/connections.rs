@@ -144,7 +144,7 @@ impl Connections {
             let Some(judged) = &open.judged else { continue };
             let changed = *changed.entry(judged.workload.clone()).or_insert_with(|| {
                 match (old.workload(&judged.workload), new.workload(&judged.workload)) {
-                    (Some(a), Some(b)) => a.policies != b.policies || a.mtls != b.mtls,
+                    (Some(a), Some(b)) => a.rules != b.rules,
                     _ => true,
                 }
             });

@@ -25,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::enrollment::{EnrolledPod, PodEvent};
 use crate::identity::Certificates;
-use crate::model::{Snapshot, Workload};
+use crate::model::{Names, Snapshot, Workload};
 use crate::redirect::Redirect;
 use crate::telemetry::Telemetry;
 use connections::ConnectionInfo;
@@ -200,9 +200,10 @@ fn local_pod(pod: Arc<EnrolledPod>) -> LocalPod {
 
 /// Istio's description of the source: `k8s.cluster.name=…,k8s.namespace.name=…,…`.
 fn baggage(workload: &Workload) -> http::HeaderValue {
-    let Workload { cluster, namespace, workload_name, canonical_name, canonical_revision, locality, .. } = workload;
+    let Workload { cluster, namespace, names, locality, .. } = workload;
+    let Names { workload, app: _, version: _, canonical_name, canonical_revision } = &**names;
     let text = format!(
-        "k8s.cluster.name={cluster},k8s.namespace.name={namespace},k8s.deployment.name={workload_name},\
+        "k8s.cluster.name={cluster},k8s.namespace.name={namespace},k8s.deployment.name={workload},\
          service.name={canonical_name},service.version={canonical_revision},cloud.region={},\
          cloud.availability_zone={}",
         locality.region, locality.zone

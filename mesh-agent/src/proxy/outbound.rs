@@ -112,7 +112,7 @@ async fn reach(
         let Some(endpoint) = choose(worker, pod, &service, port, original, &tried) else { break };
         let destination = Destination {
             address: endpoint.address,
-            workload: endpoint.workload.clone(),
+            workload: snapshot.workload_at(endpoint.address.ip()).cloned(),
             service: Some(service.clone()),
         };
         tried.push(endpoint.address);

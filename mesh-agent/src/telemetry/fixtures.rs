@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use super::{Facts, Outcome, Party, Reporter, ResponseFlag, Security};
 use crate::model::{
-    Algorithm, Locality, MeshSettings, MtlsModes, OutboundPolicy, Scope, Service, Snapshot, SnapshotParts, Transport,
-    TrustDomain, Workload,
+    Algorithm, MeshSettings, Names, OutboundPolicy, Scope, Service, Snapshot, SnapshotParts, Transport, TrustDomain,
+    Workload,
 };
 
 pub(crate) fn workload(namespace: &str, name: &str, address: &str) -> Arc<Workload> {
@@ -16,19 +16,20 @@ pub(crate) fn workload(namespace: &str, name: &str, address: &str) -> Arc<Worklo
         name: format!("{name}-1").into(),
         namespace: namespace.into(),
         identity: crate::model::SpiffeId::new(&domain, namespace, name).unwrap(),
-        addresses: vec![address.parse().unwrap()],
+        addresses: [address.parse().unwrap()].into(),
         node: "a".into(),
-        locality: Locality::default(),
+        locality: Arc::default(),
         transport: Transport::Hbone,
         mode_is_said: true,
         netns: None,
-        policies: Arc::default(),
-        mtls: MtlsModes::default(),
-        workload_name: name.into(),
-        app: format!("{name}-app").into(),
-        version: "v1".into(),
-        canonical_name: name.into(),
-        canonical_revision: "v1".into(),
+        rules: Some(Arc::default()),
+        names: Arc::new(Names {
+            workload: name.into(),
+            app: format!("{name}-app").into(),
+            version: "v1".into(),
+            canonical_name: name.into(),
+            canonical_revision: "v1".into(),
+        }),
         cluster: "Kubernetes".into(),
     })
 }

@@ -127,20 +127,27 @@ impl Traffic {
 
     /// See `Metrics::sweep`.
     pub(super) fn sweep(&self, snapshot: &Snapshot, now: Instant) {
-        let joined = |write: &dyn Fn(&mut String)| {
-            let mut key = String::new();
-            write(&mut key);
-            key
+        // What series speak of, less what is there: the mesh may be a thousand times larger than what this node speaks with.
+        let mut missing: HashSet<String> = {
+            let all = self.series.read().unwrap_or_else(PoisonError::into_inner);
+            all.keys()
+                .flat_map(|key| [SOURCE, SERVICE, DESTINATION].map(|part| part_of(key, part).to_owned()))
+                .collect()
         };
-        let mut known: HashSet<String> =
-            snapshot.workloads().map(|w| joined(&|k: &mut String| write_workload(k, Some(w)))).collect();
-        known.extend(snapshot.services().map(|s| joined(&|k: &mut String| write_service(k, Some(s)))));
-        known.insert(joined(&|k: &mut String| write_workload(k, None)));
-        known.insert(joined(&|k: &mut String| write_service(k, None)));
+        let mut key = String::new();
+        let mut is_there = |write: &dyn Fn(&mut String)| {
+            key.clear();
+            write(&mut key);
+            missing.remove(&key);
+        };
+        snapshot.workloads().for_each(|w| is_there(&|k: &mut String| write_workload(k, Some(w))));
+        snapshot.services().for_each(|s| is_there(&|k: &mut String| write_service(k, Some(s))));
+        is_there(&|k: &mut String| write_workload(k, None));
+        is_there(&|k: &mut String| write_service(k, None));
 
         let mut all = self.series.write().unwrap_or_else(PoisonError::into_inner);
         all.retain(|key, series| {
-            let alive = [SOURCE, SERVICE, DESTINATION].into_iter().all(|part| known.contains(part_of(key, part)));
+            let alive = [SOURCE, SERVICE, DESTINATION].into_iter().all(|part| !missing.contains(part_of(key, part)));
             let mut gone = series.gone.write().unwrap_or_else(PoisonError::into_inner);
             if alive || series.open.load(Relaxed) > 0 {
                 *gone = None;
@@ -245,7 +252,8 @@ fn write_workload(key: &mut String, workload: Option<&Workload>) {
     join(
         key,
         workload.map(|w| {
-            [&w.workload_name, &w.canonical_name, &w.canonical_revision, &w.namespace, &w.app, &w.version, &w.cluster]
+            let n = &*w.names;
+            [&n.workload, &n.canonical_name, &n.canonical_revision, &w.namespace, &n.app, &n.version, &w.cluster]
                 .map(|value| &**value)
         }),
     );

@@ -1,30 +1,37 @@
 //! Foreign objects become the internal model. Pure: (settings, objects, what was good before) -> (parts, Problems).
 //!
 //! Comes in: objects of Kubernetes and Istio as plain JSON values, from whichever source. Each is parsed alone; one that
-//! is broken is reported, and its last good version stays in force. Then all that parsed are put together:
+//! is broken is reported, and its last good version stays in force. Then all that parsed are put together by `mesh`:
 //! `workloads` decides who is in the mesh, `policies` which rules hold for whom, `services` what is behind a name.
-//! Goes out: `SnapshotParts` for the data path, every Problem, and the memory for the next translation.
+//! Goes out: `SnapshotParts` for the data path, every Problem, and the memory for the next translation. `translate` does
+//! that for all objects at once, `live` for one change after the other, to the same end.
 
 mod candidate;
 mod istio;
 mod kubernetes;
+mod live;
 mod manifest;
+mod mesh;
 mod object;
 mod policies;
 mod report;
 mod services;
+mod texts;
 mod workloads;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 pub use candidate::{Candidate, NamespaceMode, NoCandidate};
+pub use live::Live;
 pub use manifest::{Unreadable, closed, parse};
 pub use object::{Key, Object};
+pub use texts::Name;
 
-use crate::model::{MeshSettings, NodePods, ObjectRef, OutboundPolicy, Problem, Severity, SnapshotParts, TrustDomain};
+use crate::model::{NodePods, ObjectRef, OutboundPolicy, Problem, Severity, SnapshotParts, TrustDomain};
 use istio::{AuthorizationPolicy, PeerAuthentication};
 use kubernetes::{EndpointSlice, Namespace, Node, Pod, RuntimeClass, Service};
+use mesh::Mesh;
 use report::Report;
 
 /// What the translation needs to know of the mesh besides its objects.
@@ -40,8 +47,11 @@ pub struct Settings {
     /// Whether `istio.io/dataplane-mode` is read too.
     pub istio_labels: bool,
     pub outbound: OutboundPolicy,
-    /// The node whose pods are told of in `Translation::node_pods`.
+    /// The node whose pods are judged here, and told of in `NodePods`; `None` means that all are judged. Of other pods less
+    /// is kept, and no rules are made.
     pub node: Option<Arc<str>>,
+    /// Whether a pod counts that has no address yet: for one who asks where identities run, and sends no traffic.
+    pub without_address: bool,
     /// Standalone mode: the node whose pods must name their network namespace.
     pub standalone_node: Option<Arc<str>>,
     /// Standalone mode, where no controller makes EndpointSlices: a Service that has none gets its endpoints from the
@@ -60,9 +70,15 @@ impl Settings {
             istio_labels: false,
             outbound: OutboundPolicy::AllowAny,
             node: None,
+            without_address: false,
             standalone_node: None,
             endpoints_from_pods: false,
         }
+    }
+
+    /// Whether connections to the pods of `node` are judged here.
+    fn judges(&self, node: &str) -> bool {
+        self.node.as_deref().is_none_or(|own| own == node)
     }
 }
 
@@ -110,31 +126,25 @@ enum Parsed {
     Nothing,
 }
 
-/// All objects that are in force, by kind, in the order of their names.
-#[derive(Default)]
-struct Objects<'a> {
-    namespaces: Vec<In<'a, Namespace>>,
-    nodes: Vec<In<'a, Node>>,
-    pods: Vec<In<'a, Pod>>,
-    runtime_classes: Vec<In<'a, RuntimeClass>>,
-    services: Vec<In<'a, Service>>,
-    slices: Vec<In<'a, EndpointSlice>>,
-    peer_authentications: Vec<In<'a, PeerAuthentication>>,
-    authorization_policies: Vec<In<'a, AuthorizationPolicy>>,
-}
-
-/// An object in force, with the name that Problems use.
-struct In<'a, T> {
-    at: &'a Arc<ObjectRef>,
-    is: &'a T,
+/// The kinds of which a mesh is made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Table {
+    Namespace,
+    Node,
+    Pod,
+    RuntimeClass,
+    Service,
+    EndpointSlice,
+    PeerAuthentication,
+    AuthorizationPolicy,
 }
 
 /// Makes the model out of `objects`. The order of `objects` changes nothing but which of two equal names is the second.
+/// `Live` does the same change by change.
 pub fn translate(settings: &Settings, objects: &[Object], before: &Memory) -> Translation {
     let mut problems = Vec::new();
     let mut memory = Memory::default();
-    // What holds for this translation only, in place of an object that was never good.
-    let mut stand_ins: Vec<(Arc<ObjectRef>, Parsed)> = Vec::new();
+    let mut mesh = Mesh::new(settings.clone());
     for object in unique(objects, &mut problems) {
         let key = object.key();
         let known = before.good.get(&key);
@@ -161,14 +171,21 @@ pub fn translate(settings: &Settings, objects: &[Object], before: &Memory) -> Tr
             }
             (Err(broken), None) => {
                 problems.extend(with_outcome(found, broken.outcome));
-                stand_ins.extend(broken.stand_in.map(|s| (object.reference().clone(), s)));
+                // It holds for this translation only, in place of an object that was never good.
+                if let Some(stand_in) = broken.stand_in {
+                    mesh.put(object.reference(), &stand_in);
+                }
             }
         }
     }
-    let (parts, node_pods) = put_together(settings, &memory, &stand_ins, &mut problems);
+    for good in memory.good.values() {
+        mesh.put(good.object.reference(), &good.parsed);
+    }
+    mesh.make();
+    problems.extend(mesh.problems().cloned());
     problems.sort();
     problems.dedup();
-    Translation { parts, node_pods, problems, memory }
+    Translation { parts: mesh.parts(), node_pods: mesh.node_pods(), problems, memory }
 }
 
 /// What is wrong with an object by itself. Nothing is said of what is in force in its place: that depends on what was good.
@@ -262,38 +279,6 @@ fn with_outcome(problems: Vec<Problem>, outcome: &str) -> impl Iterator<Item = P
 
 fn problem(severity: Severity, object: &Arc<ObjectRef>, field: &str, message: impl Into<String>) -> Problem {
     Problem { severity, object: object.clone(), field: field.into(), message: message.into() }
-}
-
-fn put_together(
-    settings: &Settings,
-    memory: &Memory,
-    stand_ins: &[(Arc<ObjectRef>, Parsed)],
-    problems: &mut Vec<Problem>,
-) -> (SnapshotParts, NodePods) {
-    let mut all = Objects::default();
-    let good = memory.good.values().map(|g| (g.object.reference(), &*g.parsed));
-    for (at, parsed) in good.chain(stand_ins.iter().map(|(at, parsed)| (at, parsed))) {
-        match parsed {
-            Parsed::Namespace(is) => all.namespaces.push(In { at, is }),
-            Parsed::Node(is) => all.nodes.push(In { at, is }),
-            Parsed::Pod(is) => all.pods.push(In { at, is }),
-            Parsed::RuntimeClass(is) => all.runtime_classes.push(In { at, is }),
-            Parsed::Service(is) => all.services.push(In { at, is }),
-            Parsed::EndpointSlice(is) => all.slices.push(In { at, is }),
-            Parsed::PeerAuthentication(is) => all.peer_authentications.push(In { at, is }),
-            Parsed::AuthorizationPolicy(is) => all.authorization_policies.push(In { at, is }),
-            Parsed::Nothing => {}
-        }
-    }
-    // Those that stand in came last; where they come in a pod's list must not depend on it.
-    all.authorization_policies.sort_by_key(|p| (&p.is.policy.namespace, &p.is.policy.name));
-    let places = workloads::places(&all.nodes);
-    let (members, node_pods) = workloads::members(settings, &all, problems);
-    let drafts = services::drafts(settings, &all, &members, &places, problems);
-    let workloads = workloads::build(settings, &all, &members, &drafts, &places, problems);
-    let services = services::build(drafts, &workloads);
-    let mesh = MeshSettings { trust_domain: settings.trust_domain.clone(), outbound: settings.outbound };
-    (SnapshotParts { settings: mesh, workloads, services }, node_pods)
 }
 
 #[cfg(test)]

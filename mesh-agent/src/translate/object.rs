@@ -15,6 +15,12 @@ pub struct Key {
     name: String,
 }
 
+impl Key {
+    pub fn kind(&self) -> &str {
+        &self.kind
+    }
+}
+
 /// An object as its source gave it. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Object {

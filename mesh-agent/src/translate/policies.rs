@@ -6,181 +6,259 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use super::istio::{AuthorizationPolicy, Closing, PeerAuthentication, Scope};
-use super::kubernetes::Pod;
+use super::mesh::Sites;
+use super::problem;
 use super::report::{Labels, selects};
-use super::{In, problem};
-use crate::model::{self, MtlsMode, MtlsModes, Problem, Severity, WorkloadPolicies};
+use super::texts::Name;
+use crate::model::{self, MtlsMode, MtlsModes, Problem, Rules, Severity};
 
 /// Things with a selector, found by a pod's labels without asking each: a namespace may have a policy for every pod.
-struct BySelector<'a, T> {
+struct BySelector<T> {
     /// Under the first label that each selector asks for.
-    by_label: HashMap<(&'a str, &'a str), Vec<Selecting<'a, T>>>,
+    by_label: HashMap<(String, String), Vec<Selecting<T>>>,
     count: usize,
 }
 
-struct Selecting<'a, T> {
+struct Selecting<T> {
     /// When it came.
     order: usize,
-    selector: &'a Labels,
+    selector: Labels,
     item: T,
 }
 
-impl<T> Default for BySelector<'_, T> {
+impl<T> Default for BySelector<T> {
     fn default() -> Self {
         Self { by_label: HashMap::new(), count: 0 }
     }
 }
 
-impl<'a, T: Copy> BySelector<'a, T> {
-    fn insert(&mut self, selector: &'a Labels, item: T) {
+impl<T> BySelector<T> {
+    fn insert(&mut self, selector: &Labels, item: T) {
         let (key, value) = selector.iter().next().expect("a selector without labels is none");
-        self.by_label.entry((key, value)).or_default().push(Selecting { order: self.count, selector, item });
+        let selecting = Selecting { order: self.count, selector: selector.clone(), item };
+        self.by_label.entry((key.clone(), value.clone())).or_default().push(selecting);
         self.count += 1;
     }
 
     /// Those that select `labels`, in the order in which they came.
-    fn of(&self, labels: &Labels) -> Vec<T> {
-        let asked = labels.iter().filter_map(|(k, v)| self.by_label.get(&(k.as_str(), v.as_str()))).flatten();
-        let mut found: Vec<_> = asked.filter(|s| selects(s.selector, labels)).collect();
+    fn of(&self, labels: &Labels) -> Vec<&T> {
+        if self.count == 0 {
+            return Vec::new();
+        }
+        let asked = labels.iter().filter_map(|(k, v)| self.by_label.get(&(k.clone(), v.clone()))).flatten();
+        let mut found: Vec<_> = asked.filter(|s| selects(&s.selector, labels)).collect();
         found.sort_by_key(|s| s.order);
-        found.into_iter().map(|s| s.item).collect()
+        found.into_iter().map(|s| &s.item).collect()
     }
 }
 
-/// All AuthorizationPolicies, ready to be asked for each pod.
-pub(super) struct Policies<'a> {
-    root: Group<'a>,
-    of_namespace: BTreeMap<&'a str, Group<'a>>,
-    /// Pods with the same policies share one list: ten thousand pods of a namespace cost one. The key is the addresses
-    /// of the shared policies.
-    lists: RefCell<HashMap<Vec<*const model::AuthorizationPolicy>, Arc<WorkloadPolicies>>>,
+/// All policies in force, ready to be asked for each pod.
+#[derive(Default)]
+pub(super) struct Policies {
+    authorization: BTreeMap<Name, AuthorizationPolicy>,
+    peer: BTreeMap<Name, Arc<PeerAuthentication>>,
+    /// Whether one of them is not what it was when they were made ready.
+    changed: bool,
+    ready: Ready,
+}
+
+#[derive(Default)]
+struct Ready {
+    root: Group,
+    of_namespace: BTreeMap<Arc<str>, Group>,
+    mtls: Mtls,
+    problems: Vec<Problem>,
+    /// Pods with the same rules share them: ten thousand pods of a namespace cost one list. The key is the mode and the
+    /// addresses of the shared policies.
+    rules: RefCell<HashMap<(MtlsModes, Vec<usize>), Arc<Rules>>>,
 }
 
 /// The policies of one namespace.
 #[derive(Default)]
-struct Group<'a> {
-    all: Vec<&'a Arc<model::AuthorizationPolicy>>,
-    selecting: BySelector<'a, &'a Arc<model::AuthorizationPolicy>>,
+struct Group {
+    all: Vec<Arc<model::AuthorizationPolicy>>,
+    selecting: BySelector<Arc<model::AuthorizationPolicy>>,
     /// With the addresses of the pods behind the services that they name.
-    targeting: Vec<(BTreeSet<IpAddr>, &'a Arc<model::AuthorizationPolicy>)>,
+    targeting: Vec<(BTreeSet<IpAddr>, Arc<model::AuthorizationPolicy>)>,
 }
 
-impl<'a> Group<'a> {
-    fn of(&self, pod: &Pod, addresses: &[IpAddr]) -> impl Iterator<Item = &'a Arc<model::AuthorizationPolicy>> {
+impl Group {
+    fn of(&self, labels: &Labels, addresses: &[IpAddr]) -> impl Iterator<Item = &Arc<model::AuthorizationPolicy>> {
         let targeting = self.targeting.iter().filter(|(behind, _)| addresses.iter().any(|a| behind.contains(a)));
-        let targeting = targeting.map(|(_, policy)| *policy);
-        self.all.iter().copied().chain(self.selecting.of(&pod.labels)).chain(targeting)
+        let targeting = targeting.map(|(_, policy)| policy);
+        self.all.iter().chain(self.selecting.of(labels)).chain(targeting)
     }
 }
 
-impl<'a> Policies<'a> {
+/// All PeerAuthentications.
+#[derive(Default)]
+struct Mtls {
+    mesh: Option<Arc<PeerAuthentication>>,
+    of_namespace: BTreeMap<String, Arc<PeerAuthentication>>,
+    /// By namespace, oldest first.
+    selecting: BTreeMap<String, BySelector<Arc<PeerAuthentication>>>,
+    closing: Vec<Arc<PeerAuthentication>>,
+}
+
+impl Policies {
+    pub fn set_authorization(&mut self, name: Name, policy: Option<AuthorizationPolicy>) {
+        self.changed |= set(&mut self.authorization, name, policy);
+    }
+
+    pub fn set_peer(&mut self, name: Name, policy: Option<PeerAuthentication>) {
+        self.changed |= set(&mut self.peer, name, policy.map(Arc::new));
+    }
+
+    /// They are to be made ready again.
+    pub fn touch(&mut self) {
+        self.changed = true;
+    }
+
+    pub fn have_changed(&self) -> bool {
+        self.changed
+    }
+
+    pub fn has_authorization(&self, name: &Name) -> bool {
+        self.authorization.contains_key(name)
+    }
+
+    pub fn has_peer(&self, name: &Name) -> bool {
+        self.peer.contains_key(name)
+    }
+
+    pub fn authorization_names(&self) -> impl Iterator<Item = &Name> {
+        self.authorization.keys()
+    }
+
+    pub fn peer_names(&self) -> impl Iterator<Item = &Name> {
+        self.peer.keys()
+    }
+
+    /// Whether a policy holds for the pods behind this service.
+    pub fn target(&self, (namespace, name): &Name) -> bool {
+        self.authorization.values().any(|p| match &p.scope {
+            Scope::Services(names) => p.policy.namespace == *namespace && names.iter().any(|n| **n == **name),
+            Scope::All | Scope::Selected(_) => false,
+        })
+    }
+
     /// `behind` gives the addresses behind a service, by namespace and name.
-    pub fn new(
-        all: &'a [In<'a, AuthorizationPolicy>],
-        root_namespace: &str,
-        behind: impl Fn(&str, &str) -> BTreeSet<IpAddr>,
-    ) -> Self {
-        let mut policies = Self { root: Group::default(), of_namespace: BTreeMap::new(), lists: RefCell::default() };
-        for AuthorizationPolicy { policy, scope } in all.iter().map(|p| p.is) {
-            let own = policies.of_namespace.entry(&policy.namespace).or_default();
-            let wide = if *policy.namespace == *root_namespace { &mut policies.root } else { &mut *own };
-            match scope {
-                Scope::All => wide.all.push(policy),
-                Scope::Selected(labels) => wide.selecting.insert(labels, policy),
+    pub fn make_ready(&mut self, root_namespace: &str, sites: &Sites, behind: impl Fn(&str, &str) -> BTreeSet<IpAddr>) {
+        let mut ready = Ready::default();
+        for AuthorizationPolicy { policy, scope } in self.authorization.values() {
+            let group = match *policy.namespace == *root_namespace && !matches!(scope, Scope::Services(_)) {
+                true => &mut ready.root,
                 // A target is a service of the policy's own namespace, also in the root namespace.
+                false => ready.of_namespace.entry(policy.namespace.clone()).or_default(),
+            };
+            match scope {
+                Scope::All => group.all.push(policy.clone()),
+                Scope::Selected(labels) => group.selecting.insert(labels, policy.clone()),
                 Scope::Services(names) => {
                     let addresses = names.iter().flat_map(|name| behind(&policy.namespace, name)).collect();
-                    own.targeting.push((addresses, policy));
+                    group.targeting.push((addresses, policy.clone()));
                 }
             }
         }
-        policies
-    }
-
-    /// Those that hold for `pod`: of the root namespace, then of its own, each time the narrower ones last.
-    pub fn of(&self, pod: &Pod, addresses: &[IpAddr]) -> Arc<WorkloadPolicies> {
-        let own = self.of_namespace.get(pod.namespace.as_str()).into_iter().flat_map(|g| g.of(pod, addresses));
-        let found: Vec<_> = self.root.of(pod, addresses).chain(own).cloned().collect();
-        let key = found.iter().map(Arc::as_ptr).collect();
-        let mut lists = self.lists.borrow_mut();
-        lists.entry(key).or_insert_with(|| Arc::new(WorkloadPolicies { policies: found })).clone()
-    }
-}
-
-/// All PeerAuthentications, ready to be asked for each pod.
-pub(super) struct MtlsPolicies<'a> {
-    mesh: Option<&'a PeerAuthentication>,
-    of_namespace: BTreeMap<&'a str, &'a PeerAuthentication>,
-    /// By namespace, oldest first.
-    selecting: BTreeMap<&'a str, BySelector<'a, &'a In<'a, PeerAuthentication>>>,
-    closing: Vec<&'a PeerAuthentication>,
-    root_namespace: &'a str,
-    conflicts: RefCell<BTreeSet<Problem>>,
-}
-
-impl<'a> MtlsPolicies<'a> {
-    pub fn new(all: &'a [In<'a, PeerAuthentication>], root_namespace: &'a str, problems: &mut Vec<Problem>) -> Self {
-        let mut sorted: Vec<_> = all.iter().collect();
+        let mut sorted: Vec<_> = self.peer.values().collect();
         // One without a time of creation counts as new: its age is not known.
-        sorted.sort_by_key(|p| (p.is.created.is_none(), p.is.created.as_deref(), &p.is.namespace, &p.is.name));
-        let mut result = Self {
-            mesh: None,
-            of_namespace: BTreeMap::new(),
-            selecting: BTreeMap::new(),
-            closing: Vec::new(),
-            root_namespace,
-            conflicts: RefCell::default(),
-        };
+        sorted.sort_by_key(|p| (p.created.is_none(), p.created.as_deref(), &p.namespace, &p.name));
+        let Ready { mtls, problems, .. } = &mut ready;
         for p in sorted {
-            let first = match (&p.is.selector, p.is.closing) {
+            let first = match (&p.selector, p.closing) {
                 (_, Closing::Strict) => {
-                    result.closing.push(p.is);
+                    mtls.closing.push(p.clone());
                     continue;
                 }
                 (Some(labels), Closing::No) => {
-                    result.selecting.entry(&p.is.namespace).or_default().insert(labels, p);
+                    mtls.selecting.entry(p.namespace.clone()).or_default().insert(labels, p.clone());
                     continue;
                 }
-                (None, Closing::No) if p.is.namespace == root_namespace => *result.mesh.get_or_insert(p.is),
-                (None, Closing::No) => *result.of_namespace.entry(&p.is.namespace).or_insert(p.is),
+                (None, Closing::No) if p.namespace == root_namespace => mtls.mesh.get_or_insert_with(|| p.clone()),
+                (None, Closing::No) => mtls.of_namespace.entry(p.namespace.clone()).or_insert_with(|| p.clone()),
             };
-            if !std::ptr::eq(first, p.is) {
-                problems.push(lost(p, first));
+            if !Arc::ptr_eq(first, p) {
+                problems.push(lost(p, first, sites));
             }
         }
-        result
+        (self.ready, self.changed) = (ready, false);
     }
 
-    pub fn of(&self, pod: &Pod) -> MtlsModes {
+    /// What was found when they were made ready.
+    pub fn problems(&self) -> &[Problem] {
+        &self.ready.problems
+    }
+
+    /// What holds for a pod: policies of the root namespace, then of its own, each time the narrower ones last.
+    pub fn of(
+        &self,
+        namespace: &str,
+        labels: &Labels,
+        addresses: &[IpAddr],
+        root_namespace: &str,
+        sites: &Sites,
+        problems: &mut Vec<Problem>,
+    ) -> Arc<Rules> {
+        let ready = &self.ready;
+        let mtls = ready.mtls.of(namespace, labels, root_namespace, sites, problems);
+        let own = ready.of_namespace.get(namespace).into_iter().flat_map(|g| g.of(labels, addresses));
+        let found: Vec<_> = ready.root.of(labels, addresses).chain(own).cloned().collect();
+        let key = (mtls, found.iter().map(|p| Arc::as_ptr(p).addr()).collect());
+        let mut known = ready.rules.borrow_mut();
+        if let Some(rules) = known.get(&key) {
+            return rules.clone();
+        }
+        let rules = Arc::new(Rules { mtls: key.0.clone(), policies: found });
+        known.insert(key, rules.clone());
+        rules
+    }
+}
+
+/// Says whether anything is different now.
+fn set<T: PartialEq>(all: &mut BTreeMap<Name, T>, name: Name, new: Option<T>) -> bool {
+    if all.get(&name) == new.as_ref() {
+        return false;
+    }
+    match new {
+        Some(new) => all.insert(name, new),
+        None => all.remove(&name),
+    };
+    true
+}
+
+impl Mtls {
+    fn of(
+        &self,
+        namespace: &str,
+        labels: &Labels,
+        root_namespace: &str,
+        sites: &Sites,
+        problems: &mut Vec<Problem>,
+    ) -> MtlsModes {
         let closed = self.closing.iter().any(|p| match &p.selector {
-            Some(labels) => p.namespace == pod.namespace && selects(labels, &pod.labels),
-            None => p.namespace == pod.namespace || p.namespace == self.root_namespace,
+            Some(selector) => p.namespace == namespace && selects(selector, labels),
+            None => p.namespace == namespace || p.namespace == root_namespace,
         });
         if closed {
             return MtlsModes { default: MtlsMode::Strict, ports: BTreeMap::new() };
         }
-        let selecting = self.selecting.get(pod.namespace.as_str());
-        let mut own = selecting.map(|s| s.of(&pod.labels)).unwrap_or_default().into_iter();
-        let first = own.next().map(|p| p.is);
+        let selecting = self.selecting.get(namespace);
+        let mut own = selecting.map(|s| s.of(labels)).unwrap_or_default().into_iter();
+        let first = own.next();
         if let Some(first) = first {
-            self.conflicts.borrow_mut().extend(own.map(|p| lost(p, first)));
+            problems.extend(own.map(|p| lost(p, first, sites)));
         }
-        let of_namespace = self.of_namespace.get(pod.namespace.as_str()).copied();
-        let narrow_to_wide = [first, of_namespace, self.mesh];
+        let narrow_to_wide = [first, self.of_namespace.get(namespace), self.mesh.as_ref()];
         let default = narrow_to_wide.iter().flatten().find_map(|p| p.mode).unwrap_or_default();
         MtlsModes { default, ports: first.map(|p| p.ports.clone()).unwrap_or_default() }
     }
-
-    /// What was found while pods were asked for.
-    pub fn into_conflicts(self) -> impl Iterator<Item = Problem> {
-        self.conflicts.into_inner().into_iter()
-    }
 }
 
-fn lost(loser: &In<'_, PeerAuthentication>, winner: &PeerAuthentication) -> Problem {
+fn lost(loser: &PeerAuthentication, winner: &PeerAuthentication, sites: &Sites) -> Problem {
     let message = format!(
         "PeerAuthentication {}/{} is older and holds for the same pods, so it counts: remove one of the two",
         winner.namespace, winner.name
     );
-    problem(Severity::Warning, loser.at, "spec.selector", message)
+    let at = sites.of("PeerAuthentication", &loser.namespace, &loser.name);
+    problem(Severity::Warning, &at, "spec.selector", message)
 }

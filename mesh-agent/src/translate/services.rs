@@ -1,132 +1,320 @@
-//! Services and what is behind them. In two steps, since policies ask which pods are behind a service before the
-//! workloads are made that its endpoints point to: drafts first, then the model.
+//! Services and what is behind them.
 
+use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use super::kubernetes::{EndpointSlice, Kind, Port, Service, TargetPort};
+use super::kubernetes::{self, Kind, Port, Service, TargetPort};
+use super::mesh::{Changes, Nodes, Surroundings};
+use super::problem;
 use super::report::selects;
-use super::workloads::{Member, Places};
-use super::{In, Objects, Settings, problem};
-use crate::model::{self, Endpoint, Locality, Problem, ServicePort, Severity, Workload};
+use super::texts::{Name, Texts};
+use super::workloads::Pods;
+use crate::model::{self, Endpoint, Few, Problem, ServicePort, Severity};
 
-/// A service whose endpoints do not yet point to workloads.
-pub(super) struct Draft<'a> {
-    service: &'a Service,
-    hostname: Arc<str>,
-    addresses: Vec<IpAddr>,
-    /// Beside each port of the service.
-    endpoints: Vec<BTreeMap<SocketAddr, Endpoint>>,
+/// An EndpointSlice, as it is kept.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Slice {
+    /// A slice without one belongs to nobody that we know.
+    service: Option<Name>,
+    ports: Vec<(Arc<str>, u16)>,
+    endpoints: Box<[Backend]>,
 }
 
-impl Draft<'_> {
-    pub fn is_named(&self, namespace: &str, name: &str) -> bool {
-        self.service.namespace == namespace && self.service.name == name
-    }
-
-    pub fn backends(&self) -> impl Iterator<Item = IpAddr> {
-        self.endpoints.iter().flat_map(|port| port.keys()).map(SocketAddr::ip)
-    }
+#[derive(Debug, PartialEq, Eq)]
+struct Backend {
+    address: IpAddr,
+    ready: bool,
+    serving: bool,
+    zone: Option<Arc<str>>,
+    node: Option<Arc<str>>,
 }
 
-pub(super) fn drafts<'a>(
-    settings: &Settings,
-    all: &Objects<'a>,
-    members: &[Member<'a>],
-    places: &Places<'_>,
-    problems: &mut Vec<Problem>,
-) -> Vec<Draft<'a>> {
-    let mut slices: HashMap<(&str, &str), Vec<&EndpointSlice>> = HashMap::new();
-    for slice in &all.slices {
-        if let Some(service) = &slice.is.service {
-            slices.entry((&slice.is.namespace, service)).or_default().push(slice.is);
-        }
-    }
-    let addresses = virtual_addresses(all, problems);
-    let mut drafts = Vec::new();
-    for (service, addresses) in all.services.iter().zip(addresses) {
-        let Some(addresses) = addresses else { continue };
-        let s = service.is;
-        let endpoints = match slices.get(&(s.namespace.as_str(), s.name.as_str())) {
-            Some(slices) => from_slices(service, slices, places, problems),
-            None if settings.endpoints_from_pods && !s.selector.is_empty() => from_pods(s, members, places),
-            None => s.ports.iter().map(|_| BTreeMap::new()).collect(),
+impl Slice {
+    pub fn new(slice: &kubernetes::EndpointSlice, texts: &mut Texts) -> Self {
+        let kubernetes::EndpointSlice { namespace, service, ports, endpoints } = slice;
+        let service = service.as_ref().map(|name| (texts.text(namespace), texts.text(name)));
+        let ports = ports.iter().map(|(name, number)| (texts.text(name), *number)).collect();
+        let backend = |b: &kubernetes::Backend| Backend {
+            address: b.address,
+            ready: b.ready,
+            serving: b.serving,
+            zone: b.zone.as_deref().map(|zone| texts.text(zone)),
+            node: b.node.as_deref().map(|node| texts.text(node)),
         };
-        let hostname = format!("{}.{}.svc.{}", s.name, s.namespace, settings.cluster_domain).into();
-        drafts.push(Draft { service: s, hostname, addresses, endpoints });
+        Self { service, ports, endpoints: endpoints.iter().map(backend).collect() }
     }
-    drafts
 }
 
-/// Beside each service its addresses, `None` for those that are no services of the mesh. The oldest keeps an address
-/// that two claim: the newer one is more likely the mistake.
-fn virtual_addresses(all: &Objects<'_>, problems: &mut Vec<Problem>) -> Vec<Option<Vec<IpAddr>>> {
-    let mut order: Vec<_> = (0..all.services.len()).collect();
-    order.sort_by_key(|&i| {
-        let s = all.services[i].is;
+/// The oldest keeps an address that two claim: the newer one is more likely the mistake.
+#[derive(Debug, Clone)]
+struct ByAge(Arc<Service>);
+
+impl ByAge {
+    fn age(&self) -> impl Ord {
+        let s = &*self.0;
         (s.created.is_none(), s.created.as_deref(), &s.namespace, &s.name)
-    });
-    let mut owners: HashMap<IpAddr, &Service> = HashMap::new();
-    let mut result = vec![None; all.services.len()];
-    for i in order {
-        let service = &all.services[i];
-        let Kind::Addresses(addresses) = &service.is.kind else { continue };
-        let mut own = Vec::new();
-        for &ip in addresses {
-            let owner = *owners.entry(ip).or_insert(service.is);
-            if std::ptr::eq(owner, service.is) {
-                own.push(ip);
+    }
+
+    fn key(&self) -> Name {
+        (self.0.namespace.as_str().into(), self.0.name.as_str().into())
+    }
+}
+
+impl Ord for ByAge {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.age().cmp(&other.age())
+    }
+}
+
+impl PartialOrd for ByAge {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl PartialEq for ByAge {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other) == Ordering::Equal
+    }
+}
+
+impl Eq for ByAge {}
+
+/// All Services and EndpointSlices, and the model's services that were made of them.
+#[derive(Default)]
+pub(super) struct Services {
+    all: BTreeMap<Name, Known>,
+    slices: BTreeMap<Name, Slice>,
+    /// The names of a service's slices, in its namespace.
+    slices_of: BTreeMap<Name, BTreeSet<Arc<str>>>,
+    addresses: HashMap<IpAddr, Few<ByAge>>,
+    /// Those of which something else may become.
+    due: BTreeSet<Name>,
+    /// Of Services that are gone since `make`.
+    gone: BTreeMap<Name, Arc<model::Service>>,
+    problems: BTreeMap<Name, Vec<Problem>>,
+}
+
+struct Known {
+    service: Arc<Service>,
+    made: Option<Arc<model::Service>>,
+}
+
+impl Services {
+    pub fn set(&mut self, key: Name, service: Option<Service>) {
+        let before = self.all.get_mut(&key);
+        if before.as_ref().map(|k| &*k.service) == service.as_ref() {
+            return;
+        }
+        if let Some(before) = before.map(|k| k.service.clone()) {
+            for ip in before.kind.addresses() {
+                if let Some(few) = Few::without(self.addresses.remove(ip), &ByAge(before.clone())) {
+                    self.due.extend(few.as_slice().iter().map(ByAge::key));
+                    self.addresses.insert(*ip, few);
+                }
+            }
+        }
+        match service.map(Arc::new) {
+            Some(service) => {
+                for ip in service.kind.addresses() {
+                    let few = self.addresses.remove(ip);
+                    self.due.extend(few.iter().flat_map(Few::as_slice).map(ByAge::key));
+                    self.addresses.insert(*ip, Few::with(few, ByAge(service.clone())));
+                }
+                let made = self.all.remove(&key).and_then(|k| k.made).or_else(|| self.gone.remove(&key));
+                self.all.insert(key.clone(), Known { service, made });
+            }
+            None => {
+                let made = self.all.remove(&key).and_then(|k| k.made);
+                self.gone.extend(made.map(|made| (key.clone(), made)));
+            }
+        }
+        self.due.insert(key);
+    }
+
+    pub fn set_slice(&mut self, key: Name, slice: Option<Slice>) {
+        if self.slices.get(&key) == slice.as_ref() {
+            return;
+        }
+        if let Some(service) = self.slices.get(&key).and_then(|s| s.service.clone()) {
+            if let Some(of) = self.slices_of.get_mut(&service) {
+                of.remove(&key.1);
+                if of.is_empty() {
+                    self.slices_of.remove(&service);
+                }
+            }
+            self.due.insert(service);
+        }
+        if let Some(service) = slice.as_ref().and_then(|s| s.service.clone()) {
+            self.slices_of.entry(service.clone()).or_default().insert(key.1.clone());
+            self.due.insert(service);
+        }
+        match slice {
+            Some(slice) => self.slices.insert(key, slice),
+            None => self.slices.remove(&key),
+        };
+    }
+
+    pub fn has(&self, name: &Name) -> bool {
+        self.all.contains_key(name)
+    }
+
+    pub fn has_slice(&self, name: &Name) -> bool {
+        self.slices.contains_key(name)
+    }
+
+    pub fn names(&self) -> impl Iterator<Item = &Name> {
+        self.all.keys()
+    }
+
+    pub fn slice_names(&self) -> impl Iterator<Item = &Name> {
+        self.slices.keys()
+    }
+
+    pub fn due_on_node(&mut self, node: &str) {
+        let on_node = |slice: &&Slice| slice.endpoints.iter().any(|b| b.node.as_deref() == Some(node));
+        self.due.extend(self.slices.values().filter(on_node).filter_map(|s| s.service.clone()));
+    }
+
+    pub fn all_due(&mut self) {
+        self.due.extend(self.all.keys().cloned());
+    }
+
+    /// Makes those that are due, and tells their names.
+    pub fn make(
+        &mut self,
+        around: &Surroundings<'_>,
+        pods: &Pods,
+        texts: &mut Texts,
+        changes: &mut Changes,
+    ) -> BTreeSet<Name> {
+        let due = std::mem::take(&mut self.due);
+        for name in &due {
+            changes.problems |= self.problems.remove(name).is_some();
+            let Some(known) = self.all.get(name) else { continue };
+            let mut problems = Vec::new();
+            let new = self.service(name, &known.service, around, pods, texts, &mut problems);
+            if !problems.is_empty() {
+                self.problems.insert(name.clone(), problems);
+                changes.problems = true;
+            }
+            if known.made.as_deref() == new.as_ref() {
                 continue;
             }
+            let new = new.map(Arc::new);
+            let known = self.all.get_mut(name).expect("it was there");
+            changes.old_services.extend(std::mem::replace(&mut known.made, new.clone()));
+            changes.new_services.extend(new);
+        }
+        changes.old_services.extend(std::mem::take(&mut self.gone).into_values());
+        due
+    }
+
+    pub fn services(&self) -> impl Iterator<Item = &Arc<model::Service>> {
+        self.all.values().filter_map(|k| k.made.as_ref())
+    }
+
+    pub fn problems(&self) -> impl Iterator<Item = &Problem> {
+        self.problems.values().flatten()
+    }
+
+    /// The addresses behind a service.
+    pub fn behind(&self, namespace: &str, name: &str) -> BTreeSet<IpAddr> {
+        let made = self.all.get(&(namespace.into(), name.into())).and_then(|k| k.made.as_ref());
+        made.into_iter().flat_map(|s| &s.ports).flat_map(|p| &p.endpoints).map(|e| e.address.ip()).collect()
+    }
+
+    /// `None` for what is no service of the mesh.
+    fn service(
+        &self,
+        name: &Name,
+        service: &Arc<Service>,
+        around: &Surroundings<'_>,
+        pods: &Pods,
+        texts: &mut Texts,
+        problems: &mut Vec<Problem>,
+    ) -> Option<model::Service> {
+        let Kind::Addresses(claimed) = &service.kind else { return None };
+        let at = || around.sites.of("Service", &service.namespace, &service.name);
+        let mut addresses = Vec::new();
+        for ip in claimed {
+            let owner = self.addresses.get(ip).map(|few| &few.first().0).filter(|owner| !Arc::ptr_eq(owner, service));
+            let Some(owner) = owner else {
+                addresses.push(*ip);
+                continue;
+            };
             let message = format!(
                 "Service {}/{} has the address {ip} too and counts: give each an address of its own",
                 owner.namespace, owner.name
             );
-            problems.push(problem(Severity::Warning, service.at, "spec.clusterIP", message));
+            problems.push(problem(Severity::Warning, &at(), "spec.clusterIP", message));
         }
-        result[i] = Some(own);
-    }
-    result
-}
-
-fn from_slices(
-    service: &In<'_, Service>,
-    slices: &[&EndpointSlice],
-    places: &Places<'_>,
-    problems: &mut Vec<Problem>,
-) -> Vec<BTreeMap<SocketAddr, Endpoint>> {
-    let s = service.is;
-    let mut found: Vec<BTreeMap<SocketAddr, Endpoint>> = Vec::with_capacity(s.ports.len());
-    for (i, port) in s.ports.iter().enumerate() {
-        let mut endpoints = BTreeMap::new();
-        for slice in slices {
-            for (_, number) in slice.ports.iter().filter(|(name, _)| *name == port.name) {
-                for backend in &slice.endpoints {
-                    let (node, zone) = (backend.node.as_deref(), backend.zone.as_deref());
-                    let endpoint = Endpoint {
-                        address: SocketAddr::new(backend.address, *number),
-                        ready: backend.ready || s.publish_not_ready,
-                        serving: backend.serving || s.publish_not_ready,
-                        locality: locality(node, zone, places),
-                        node: node.map(Into::into),
-                        workload: None,
-                    };
-                    insert(&mut endpoints, endpoint);
-                }
+        let slices: Vec<&Slice> = match self.slices_of.get(name) {
+            Some(names) => names.iter().filter_map(|n| self.slices.get(&(name.0.clone(), n.clone()))).collect(),
+            None => Vec::new(),
+        };
+        let from_pods = slices.is_empty() && around.settings.endpoints_from_pods && !service.selector.is_empty();
+        let mut ports = Vec::with_capacity(service.ports.len());
+        for port in &service.ports {
+            let endpoints = match from_pods {
+                true => endpoints_of_pods(service, port, around, pods),
+                false => endpoints_of_slices(service, port, &slices, around.nodes, texts),
+            };
+            ports.push(ServicePort {
+                port: port.port,
+                name: texts.text(&port.name),
+                app_protocol: port.app_protocol.as_deref().map(|p| texts.text(p)),
+                endpoints: endpoints.into_values().collect(),
+            });
+        }
+        for (i, port) in service.ports.iter().enumerate() {
+            let has_backends = slices.iter().any(|slice| !slice.endpoints.is_empty() && !slice.ports.is_empty());
+            let is_named = slices.iter().any(|slice| slice.ports.iter().any(|(name, _)| **name == *port.name));
+            if has_backends && !is_named {
+                let name = if port.name.is_empty() { "without a name".into() } else { format!("`{}`", port.name) };
+                let message = format!(
+                    "no EndpointSlice of the service has a port {name}, so it has no endpoints: name the ports alike"
+                );
+                problems.push(problem(Severity::Warning, &at(), &format!("spec.ports[{i}].name"), message));
             }
         }
-        let has_backends = slices.iter().any(|slice| !slice.endpoints.is_empty() && !slice.ports.is_empty());
-        if has_backends && !slices.iter().any(|slice| slice.ports.iter().any(|(name, _)| *name == port.name)) {
-            let name = if port.name.is_empty() { "without a name".into() } else { format!("`{}`", port.name) };
-            let message = format!(
-                "no EndpointSlice of the service has a port {name}, so it has no endpoints: name the ports alike"
-            );
-            problems.push(problem(Severity::Warning, service.at, &format!("spec.ports[{i}].name"), message));
-        }
-        found.push(endpoints);
+        Some(model::Service {
+            name: name.1.clone(),
+            namespace: name.0.clone(),
+            hostname: format!("{}.{}.svc.{}", service.name, service.namespace, around.settings.cluster_domain).into(),
+            addresses,
+            ports,
+            algorithm: service.algorithm,
+            scope: service.scope,
+        })
     }
-    found
+}
+
+fn endpoints_of_slices(
+    service: &Service,
+    port: &Port,
+    slices: &[&Slice],
+    nodes: &Nodes,
+    texts: &mut Texts,
+) -> BTreeMap<SocketAddr, Endpoint> {
+    let mut endpoints = BTreeMap::new();
+    for slice in slices {
+        for (_, number) in slice.ports.iter().filter(|(name, _)| **name == *port.name) {
+            for backend in &slice.endpoints {
+                let endpoint = Endpoint {
+                    address: SocketAddr::new(backend.address, *number),
+                    ready: backend.ready || service.publish_not_ready,
+                    serving: backend.serving || service.publish_not_ready,
+                    locality: nodes.place_in(backend.node.as_deref(), backend.zone.as_ref(), texts),
+                    node: backend.node.clone(),
+                };
+                insert(&mut endpoints, endpoint);
+            }
+        }
+    }
+    endpoints
 }
 
 /// One address may be in two slices while it moves from one to the other: the healthier word counts, as in kube-proxy.
@@ -146,88 +334,35 @@ fn insert(endpoints: &mut BTreeMap<SocketAddr, Endpoint>, endpoint: Endpoint) {
 }
 
 /// What the endpoints controller of Kubernetes would write.
-fn from_pods(service: &Service, members: &[Member<'_>], places: &Places<'_>) -> Vec<BTreeMap<SocketAddr, Endpoint>> {
-    let behind: Vec<_> = members
-        .iter()
-        .filter(|m| m.pod.namespace == service.namespace && selects(&service.selector, &m.pod.labels))
-        .collect();
-    let number = |port: &Port, member: &Member<'_>| match &port.target {
-        TargetPort::Number(number) => Some(*number),
-        TargetPort::Name(name) => member.pod.named_ports.iter().find(|(n, _)| n == name).map(|(_, number)| *number),
-    };
+fn endpoints_of_pods(
+    service: &Service,
+    port: &Port,
+    around: &Surroundings<'_>,
+    pods: &Pods,
+) -> BTreeMap<SocketAddr, Endpoint> {
     // A service of one family has endpoints of that one.
-    let has_family = |ip: &IpAddr| match &service.kind {
-        Kind::Addresses(own) if !own.is_empty() => own.iter().any(|a| a.is_ipv4() == ip.is_ipv4()),
-        Kind::Addresses(_) | Kind::ExternalName => true,
+    let has_family = |ip: &IpAddr| match service.kind.addresses() {
+        [] => true,
+        own => own.iter().any(|a| a.is_ipv4() == ip.is_ipv4()),
     };
-    let endpoints = |port: &Port| {
-        let mut endpoints = BTreeMap::new();
-        for member in &behind {
-            let Some(number) = number(port, member) else { continue };
-            let pod = member.pod;
-            let node = Some(pod.node.as_str()).filter(|n| !n.is_empty());
-            for ip in member.addresses.iter().copied().filter(has_family) {
-                let endpoint = Endpoint {
-                    address: SocketAddr::new(ip, number),
-                    ready: (pod.ready && !pod.terminating) || service.publish_not_ready,
-                    serving: pod.ready || service.publish_not_ready,
-                    locality: locality(node, None, places),
-                    node: node.map(Into::into),
-                    workload: None,
-                };
-                insert(&mut endpoints, endpoint);
-            }
+    let mut endpoints = BTreeMap::new();
+    for (pod, addresses) in pods.addressed(&service.namespace, around.settings) {
+        let Some(own) = pod.own.as_ref().filter(|own| selects(&service.selector, &own.labels)) else { continue };
+        let number = match &port.target {
+            TargetPort::Number(number) => Some(*number),
+            TargetPort::Name(name) => own.named_ports.iter().find(|(n, _)| n == name).map(|(_, number)| *number),
+        };
+        let Some(number) = number else { continue };
+        for ip in addresses.into_iter().filter(has_family) {
+            let endpoint = Endpoint {
+                address: SocketAddr::new(ip, number),
+                ready: (own.ready && !pod.terminating) || service.publish_not_ready,
+                serving: own.ready || service.publish_not_ready,
+                locality: around.nodes.place(&pod.node),
+                node: Some(pod.node.clone()).filter(|n| !n.is_empty()),
+            };
+            insert(&mut endpoints, endpoint);
         }
-        endpoints
-    };
-    service.ports.iter().map(endpoints).collect()
-}
-
-/// The slice knows the zone, only the node knows the region.
-fn locality(node: Option<&str>, zone: Option<&str>, places: &Places<'_>) -> Locality {
-    let of_node = node.and_then(|n| places.get(n)).copied().cloned().unwrap_or_default();
-    match zone {
-        Some(zone) if *of_node.zone != *zone => Locality { zone: zone.into(), ..of_node },
-        _ => of_node,
     }
-}
-
-pub(super) fn build(drafts: Vec<Draft<'_>>, workloads: &[Arc<Workload>]) -> Vec<Arc<model::Service>> {
-    let by_address: HashMap<IpAddr, &Arc<Workload>> =
-        workloads.iter().flat_map(|w| w.addresses.iter().map(move |a| (*a, w))).collect();
-    let mut names: BTreeSet<Arc<str>> = BTreeSet::new();
-    let mut shared = |text: &str| -> Arc<str> {
-        if let Some(known) = names.get(text) {
-            return known.clone();
-        }
-        let new: Arc<str> = text.into();
-        names.insert(new.clone());
-        new
-    };
-    let mut services = Vec::with_capacity(drafts.len());
-    for Draft { service, hostname, addresses, endpoints } in drafts {
-        let mut ports = Vec::with_capacity(service.ports.len());
-        for (port, endpoints) in service.ports.iter().zip(endpoints) {
-            let endpoints = endpoints.into_values().map(|mut e| {
-                e.workload = by_address.get(&e.address.ip()).map(|w| Arc::clone(w));
-                e
-            });
-            ports.push(ServicePort {
-                port: port.port,
-                name: shared(&port.name),
-                app_protocol: port.app_protocol.as_deref().map(&mut shared),
-                endpoints: endpoints.collect(),
-            });
-        }
-        services.push(Arc::new(model::Service {
-            name: shared(&service.name),
-            namespace: shared(&service.namespace),
-            hostname,
-            addresses,
-            ports,
-            algorithm: service.algorithm,
-            scope: service.scope,
-        }));
-    }
-    services
+    endpoints
 }

@@ -4,6 +4,7 @@
 //! In a case, `# settings: ...` in the first line sets what is not the default, and `# then` begins a later version of
 //! the same manifests, translated with the memory of the one before.
 
+mod changes;
 mod laws;
 mod verdicts;
 
@@ -11,7 +12,7 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use super::*;
-use crate::model::{Endpoint, Service, Transport, Workload};
+use crate::model::{Endpoint, Rules, Service, Transport, Workload};
 
 fn data() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/translate")
@@ -137,7 +138,7 @@ fn render(t: &Translation) -> String {
     let mut policies = BTreeMap::new();
     for w in &t.parts.workloads {
         writeln!(out, "workload {}", workload(w)).unwrap();
-        for p in &w.policies.policies {
+        for p in &rules(w).policies {
             policies.insert((p.namespace.clone(), p.name.clone()), p.clone());
         }
     }
@@ -155,11 +156,15 @@ fn render(t: &Translation) -> String {
             let name = if p.name.is_empty() { String::new() } else { format!(" {}", p.name) };
             writeln!(out, "  port {}{name}{protocol}", p.port).unwrap();
             for e in &p.endpoints {
-                writeln!(out, "    {}", endpoint(e)).unwrap();
+                writeln!(out, "    {}", endpoint(e, &t.parts.workloads)).unwrap();
             }
         }
     }
     out
+}
+
+fn rules(w: &Workload) -> &Rules {
+    w.rules.as_deref().expect("all are judged here")
 }
 
 /// Only what is not the ordinary.
@@ -168,9 +173,10 @@ fn workload(w: &Workload) -> String {
     t.push_str(if w.transport == Transport::Hbone { " hbone" } else { " plain" });
     let named = format!("{}/{}", w.namespace, w.name);
     let place = [&*w.locality.region, &*w.locality.zone].join("/");
-    let mut names = vec![("workload", &w.workload_name, &*w.name), ("app", &w.app, "unknown")];
-    names.extend([("version", &w.version, "unknown"), ("canonical", &w.canonical_name, &w.workload_name)]);
-    names.extend([("revision", &w.canonical_revision, "latest"), ("uid", &w.uid, &named), ("node", &w.node, "")]);
+    let n = &*w.names;
+    let mut names = vec![("workload", &n.workload, &*w.name), ("app", &n.app, "unknown")];
+    names.extend([("version", &n.version, "unknown"), ("canonical", &n.canonical_name, &n.workload)]);
+    names.extend([("revision", &n.canonical_revision, "latest"), ("uid", &w.uid, &named), ("node", &w.node, "")]);
     for (key, value, usual) in names {
         if **value != *usual {
             write!(t, " {key}={value}").unwrap();
@@ -182,13 +188,14 @@ fn workload(w: &Workload) -> String {
     if let Some(netns) = &w.netns {
         write!(t, " netns={}", netns.display()).unwrap();
     }
-    if w.mtls != Default::default() {
-        write!(t, " mtls={:?}", w.mtls.default).unwrap();
-        for (port, mode) in &w.mtls.ports {
+    let rules = rules(w);
+    if rules.mtls != Default::default() {
+        write!(t, " mtls={:?}", rules.mtls.default).unwrap();
+        for (port, mode) in &rules.mtls.ports {
             write!(t, ",{port}={mode:?}").unwrap();
         }
     }
-    let policies: Vec<_> = w.policies.policies.iter().map(|p| format!("{}/{}", p.namespace, p.name)).collect();
+    let policies: Vec<_> = rules.policies.iter().map(|p| format!("{}/{}", p.namespace, p.name)).collect();
     if !policies.is_empty() {
         write!(t, " policies={}", policies.join(",")).unwrap();
     }
@@ -206,7 +213,7 @@ fn service(s: &Service) -> String {
     t
 }
 
-fn endpoint(e: &Endpoint) -> String {
+fn endpoint(e: &Endpoint, workloads: &[Arc<Workload>]) -> String {
     let health = match (e.ready, e.serving) {
         (true, _) => "ready",
         (false, true) => "serving",
@@ -219,7 +226,7 @@ fn endpoint(e: &Endpoint) -> String {
     if let Some(node) = &e.node {
         write!(t, " node={node}").unwrap();
     }
-    if let Some(w) = &e.workload {
+    if let Some(w) = workloads.iter().find(|w| w.addresses.contains(&e.address.ip())) {
         write!(t, " -> {}/{}", w.namespace, w.name).unwrap();
     }
     t

@@ -1,117 +1,501 @@
-//! Pods become workloads: who is in the mesh, at which address, under which identity and policies.
+//! Pods become workloads: who is in the mesh, at which address, under which identity and rules.
+//!
+//! A pod is kept in as few bytes as will do, since a mesh has a hundred thousand and a node cares for a hundred. What
+//! becomes of it depends on itself, on its Namespace and Node, on policies, and on who else claims what only one can have:
+//! of those who claim a thing the newest has it. So a change touches the pod and those who claim the same.
 
+use std::cmp::{Ordering, Reverse};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::hash::Hash;
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::Arc;
 
-use super::kubernetes::{Node, Pod, RuntimeClass};
-use super::policies::{MtlsPolicies, Policies};
-use super::services::Draft;
-use super::{In, Objects, Settings, problem};
-use crate::model::{Locality, NodePod, NodePods, Problem, Severity, SpiffeId, Standing, Transport, Workload};
+use super::kubernetes::{self, Mode};
+use super::mesh::{Changes, Classes, Surroundings};
+use super::report::Labels;
+use super::texts::{Kin, Name, Texts};
+use super::{Settings, problem};
+use crate::model::{Few, Names, NodePod, Problem, Severity, SpiffeId, Standing, Transport, Workload};
 
-/// Where each node is.
-pub(super) type Places<'a> = HashMap<&'a str, &'a Locality>;
+/// A pod, as it is kept.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Pod {
+    pub name: Arc<str>,
+    pub namespace: Arc<str>,
+    /// `namespace/name` where the manifest has none.
+    uid: Arc<str>,
+    created: Created,
+    pub terminating: bool,
+    ended: bool,
+    host_network: bool,
+    mode: Mode,
+    pub node: Arc<str>,
+    addresses: Arc<[IpAddr]>,
+    kin: Arc<Kin>,
+    /// What only its own node needs.
+    pub own: Option<Box<Own>>,
+}
 
-/// A pod that is part of the model, with what is left to it after conflicts with others.
-pub(super) struct Member<'a> {
-    pub pod: &'a Pod,
-    pub addresses: Vec<IpAddr>,
-    uid: String,
-    netns: Option<PathBuf>,
-    mode: Membership,
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Own {
+    pub labels: Labels,
+    pub ready: bool,
+    /// What its annotation `nodemesh.io/status` says.
+    shown: Option<String>,
+    netns: Option<Arc<Path>>,
+    pub named_ports: Vec<(String, u16)>,
+}
+
+impl Pod {
+    pub fn new(pod: &kubernetes::Pod, settings: &Settings, texts: &mut Texts) -> Self {
+        let identity = SpiffeId::new(&settings.trust_domain, &pod.namespace, &pod.service_account)
+            .expect("the names were checked when the pod was parsed");
+        let names = Arc::new(names(pod, texts));
+        let runtime_class = texts.text(&pod.runtime_class);
+        let keep = settings.endpoints_from_pods || settings.judges(&pod.node);
+        let own = || Own {
+            labels: pod.labels.clone(),
+            ready: pod.ready,
+            shown: pod.shown.clone(),
+            netns: pod.netns.as_deref().map(Into::into),
+            named_ports: pod.named_ports.clone(),
+        };
+        Self {
+            name: pod.name.as_str().into(),
+            namespace: texts.text(&pod.namespace),
+            uid: match pod.uid.as_str() {
+                "" => format!("{}/{}", pod.namespace, pod.name).into(),
+                uid => uid.into(),
+            },
+            created: Created::new(pod.created.as_deref()),
+            terminating: pod.terminating,
+            ended: pod.ended,
+            host_network: pod.host_network,
+            mode: pod.mode,
+            node: texts.text(&pod.node),
+            addresses: pod.addresses.as_slice().into(),
+            kin: texts.kin(Kin { identity, names, runtime_class }),
+            own: keep.then(|| Box::new(own())),
+        }
+    }
+
+    /// A workload goes on as it is where it can, and shares these with its pod.
+    fn share(mut self, before: &Self) -> Self {
+        for (new, old) in [(&mut self.name, &before.name), (&mut self.uid, &before.uid)] {
+            if new == old {
+                *new = old.clone();
+            }
+        }
+        if self.addresses == before.addresses {
+            self.addresses = before.addresses.clone();
+        }
+        self
+    }
+
+    fn key(&self) -> Name {
+        (self.namespace.clone(), self.name.clone())
+    }
+
+    /// Whether it may be a workload. The others take no part: they have no address of their own.
+    fn takes_part(&self, settings: &Settings) -> bool {
+        !self.ended && !self.host_network && (settings.without_address || !self.addresses.is_empty())
+    }
+
+    fn netns(&self) -> Option<&Arc<Path>> {
+        self.own.as_ref()?.netns.as_ref()
+    }
+}
+
+/// Names for metrics, from labels as Istio derives them.
+fn names(pod: &kubernetes::Pod, texts: &mut Texts) -> Names {
+    let first =
+        |keys: &[&str]| keys.iter().find_map(|k| pod.labels.get(*k)).map(String::as_str).filter(|v| !v.is_empty());
+    const REVISION: &str = "service.istio.io/canonical-revision";
+    let canonical_name = first(&["service.istio.io/canonical-name", "app.kubernetes.io/name", "app"]);
+    Names {
+        workload: texts.text(&pod.workload_name),
+        app: texts.text(first(&["app", "app.kubernetes.io/name"]).unwrap_or("unknown")),
+        version: texts.text(first(&["version", "app.kubernetes.io/version"]).unwrap_or("unknown")),
+        canonical_name: texts.text(canonical_name.unwrap_or(&pod.workload_name)),
+        canonical_revision: texts.text(first(&[REVISION, "app.kubernetes.io/version", "version"]).unwrap_or("latest")),
+    }
+}
+
+/// When an object was made, in the bytes that Kubernetes writes.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Created {
+    Unknown,
+    /// `2026-11-24T13:00:00Z`
+    Second([u8; 20]),
+    Otherwise(Box<str>),
+}
+
+impl Created {
+    fn new(text: Option<&str>) -> Self {
+        match text {
+            None => Self::Unknown,
+            Some(text) => match text.as_bytes().try_into() {
+                Ok(second) => Self::Second(second),
+                Err(_) => Self::Otherwise(text.into()),
+            },
+        }
+    }
+
+    fn bytes(&self) -> Option<&[u8]> {
+        match self {
+            Self::Unknown => None,
+            Self::Second(second) => Some(second),
+            Self::Otherwise(text) => Some(text.as_bytes()),
+        }
+    }
+}
+
+/// The newest comes first and takes what it claims: an address that was given again belongs to the pod that got it.
+#[derive(Debug, Clone)]
+struct ByAge(Arc<Pod>);
+
+impl ByAge {
+    fn age(&self) -> impl Ord {
+        let pod = &*self.0;
+        (pod.terminating, Reverse(pod.created.bytes()), &*pod.namespace, &*pod.name)
+    }
+}
+
+impl Ord for ByAge {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.age().cmp(&other.age())
+    }
+}
+
+impl PartialOrd for ByAge {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl PartialEq for ByAge {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other) == Ordering::Equal
+    }
+}
+
+impl Eq for ByAge {}
+
+/// Who claims what only one can have.
+struct Claims<K>(HashMap<K, Few<ByAge>>);
+
+impl<K> Default for Claims<K> {
+    fn default() -> Self {
+        Self(HashMap::new())
+    }
+}
+
+impl<K: Hash + Eq> Claims<K> {
+    /// Both tell `others` who else claims it: what becomes of them may change.
+    fn add(&mut self, key: K, pod: &Arc<Pod>, others: &mut BTreeSet<Name>) {
+        let few = self.0.remove(&key);
+        others.extend(few.iter().flat_map(Few::as_slice).map(|p| p.0.key()));
+        self.0.insert(key, Few::with(few, ByAge(pod.clone())));
+    }
+
+    fn take(&mut self, key: K, pod: &Arc<Pod>, others: &mut BTreeSet<Name>) {
+        if let Some(few) = Few::without(self.0.remove(&key), &ByAge(pod.clone())) {
+            others.extend(few.as_slice().iter().map(|p| p.0.key()));
+            self.0.insert(key, few);
+        }
+    }
+
+    /// The one who has it, where that is not `pod`.
+    fn other(&self, key: &K, pod: &Pod) -> Option<&Pod> {
+        let owner = &*self.0.get(key)?.first().0;
+        (!std::ptr::eq(owner, pod)).then_some(owner)
+    }
+}
+
+/// All pods, and the workloads that were made of them.
+#[derive(Default)]
+pub(super) struct Pods {
+    all: BTreeMap<Name, Member>,
+    /// Those with `own`.
+    own: BTreeSet<Name>,
+    addresses: Claims<IpAddr>,
+    uids: Claims<Arc<str>>,
+    netns: Claims<Arc<Path>>,
+    /// Those of which something else may become.
+    due: BTreeSet<Name>,
+    /// Workloads of pods that are gone since `make`.
+    gone: BTreeMap<Name, Arc<Workload>>,
+    problems: BTreeMap<Name, Vec<Problem>>,
+}
+
+struct Member {
+    pod: Arc<Pod>,
+    workload: Option<Arc<Workload>>,
+}
+
+impl Pods {
+    pub fn set(&mut self, key: Name, pod: Option<Pod>, settings: &Settings) {
+        let before = self.all.get(&key).map(|m| m.pod.clone());
+        if before.as_deref() == pod.as_ref() {
+            return;
+        }
+        let pod = match &before {
+            Some(before) => pod.map(|pod| pod.share(before)),
+            None => pod,
+        };
+        if let Some(before) = before.filter(|p| p.takes_part(settings)) {
+            for ip in &*before.addresses {
+                self.addresses.take(*ip, &before, &mut self.due);
+            }
+            self.uids.take(before.uid.clone(), &before, &mut self.due);
+            if let Some(path) = before.netns() {
+                self.netns.take(path.clone(), &before, &mut self.due);
+            }
+        }
+        match pod.map(Arc::new) {
+            Some(pod) => {
+                if pod.takes_part(settings) {
+                    for ip in &*pod.addresses {
+                        self.addresses.add(*ip, &pod, &mut self.due);
+                    }
+                    self.uids.add(pod.uid.clone(), &pod, &mut self.due);
+                    if let Some(path) = pod.netns() {
+                        self.netns.add(path.clone(), &pod, &mut self.due);
+                    }
+                }
+                match pod.own {
+                    Some(_) => self.own.insert(key.clone()),
+                    None => self.own.remove(&key),
+                };
+                // One that was gone for a moment has changed, and not come.
+                let workload = self.all.remove(&key).and_then(|m| m.workload).or_else(|| self.gone.remove(&key));
+                self.all.insert(key.clone(), Member { pod, workload });
+            }
+            None => {
+                self.own.remove(&key);
+                let workload = self.all.remove(&key).and_then(|m| m.workload);
+                self.gone.extend(workload.map(|w| (key.clone(), w)));
+            }
+        }
+        self.due.insert(key);
+    }
+
+    pub fn has(&self, name: &Name) -> bool {
+        self.all.contains_key(name)
+    }
+
+    pub fn names(&self) -> impl Iterator<Item = &Name> {
+        self.all.keys()
+    }
+
+    pub fn due_in_namespace(&mut self, namespace: &Arc<str>) {
+        let pods = self.all.range((namespace.clone(), "".into())..).take_while(|((ns, _), _)| ns == namespace);
+        self.due.extend(pods.map(|(name, _)| name.clone()));
+    }
+
+    pub fn due_on_node(&mut self, node: &str) {
+        self.due.extend(self.all.iter().filter(|(_, m)| *m.pod.node == *node).map(|(name, _)| name.clone()));
+    }
+
+    pub fn due_of_class(&mut self, class: &str) {
+        let of_class = self.all.iter().filter(|(_, m)| *m.pod.kin.runtime_class == *class);
+        self.due.extend(of_class.map(|(name, _)| name.clone()));
+    }
+
+    pub fn all_due(&mut self) {
+        self.due.extend(self.all.keys().cloned());
+    }
+
+    /// A policy has changed.
+    pub fn due_to_judge(&mut self) {
+        self.due.extend(self.own.iter().cloned());
+    }
+
+    pub fn any_due(&self) -> bool {
+        !self.due.is_empty()
+    }
+
+    /// Makes those that are due.
+    pub fn make(&mut self, around: &Surroundings<'_>, changes: &mut Changes) {
+        for name in std::mem::take(&mut self.due) {
+            changes.problems |= self.problems.remove(&name).is_some();
+            let Some(member) = self.all.get(&name) else { continue };
+            let mut problems = Vec::new();
+            let new = self.workload(&member.pod, around, &mut problems);
+            if !problems.is_empty() {
+                self.problems.insert(name.clone(), problems);
+                changes.problems = true;
+            }
+            if member.workload.as_deref() == new.as_ref() {
+                continue;
+            }
+            let new = new.map(Arc::new);
+            let member = self.all.get_mut(&name).expect("it was there");
+            changes.old_workloads.extend(std::mem::replace(&mut member.workload, new.clone()));
+            changes.new_workloads.extend(new);
+        }
+        changes.old_workloads.extend(std::mem::take(&mut self.gone).into_values());
+    }
+
+    pub fn workloads(&self) -> impl Iterator<Item = &Arc<Workload>> {
+        self.all.values().filter_map(|m| m.workload.as_ref())
+    }
+
+    /// The pods of this node, with or without an address, but for those that have ended.
+    pub fn of_node(&self, around: &Surroundings<'_>) -> BTreeMap<Arc<str>, NodePod> {
+        let Some(node) = &around.settings.node else { return BTreeMap::new() };
+        let of_node = self.own.iter().filter_map(|name| self.all.get(name)).map(|m| &m.pod);
+        let told = |pod: &Arc<Pod>| {
+            let standing = match Membership::of(pod, around) {
+                Membership { refused: Some((_, message)), .. } => Standing::Refused(message),
+                Membership { enrolled: true, .. } => Standing::Enabled,
+                Membership { said: true, .. } => Standing::Outside,
+                Membership { .. } => Standing::Unclear,
+            };
+            let shown = pod.own.as_ref().and_then(|own| own.shown.clone());
+            let known = NodePod { namespace: pod.namespace.clone(), name: pod.name.clone(), standing, shown };
+            (pod.uid.clone(), known)
+        };
+        of_node.filter(|pod| pod.node == *node && !pod.ended).map(told).collect()
+    }
+
+    pub fn problems(&self) -> impl Iterator<Item = &Problem> {
+        self.problems.values().flatten()
+    }
+
+    /// The pods of a namespace that take part, with the addresses that are theirs.
+    pub fn addressed<'a>(
+        &'a self,
+        namespace: &'a str,
+        settings: &'a Settings,
+    ) -> impl Iterator<Item = (&'a Pod, Vec<IpAddr>)> {
+        let pods = self.all.range((namespace.into(), "".into())..).take_while(move |((ns, _), _)| **ns == *namespace);
+        pods.map(|(_, m)| &*m.pod).filter(|p| p.takes_part(settings)).map(|p| (p, self.addresses(p)))
+    }
+
+    fn addresses(&self, pod: &Pod) -> Vec<IpAddr> {
+        pod.addresses.iter().copied().filter(|ip| self.addresses.other(ip, pod).is_none()).collect()
+    }
+
+    fn workload(&self, pod: &Pod, around: &Surroundings<'_>, problems: &mut Vec<Problem>) -> Option<Workload> {
+        let settings = around.settings;
+        if pod.ended {
+            return None;
+        }
+        let mode = Membership::of(pod, around);
+        let name = |p: &Pod| format!("{}/{}", p.namespace, p.name);
+        let mut report = |field: &str, message: String| {
+            let at = around.sites.of("Pod", &pod.namespace, &pod.name);
+            problems.push(problem(Severity::Warning, &at, field, message));
+        };
+        if let Some((field, message)) = mode.refused {
+            report(field, message);
+        }
+        if !pod.takes_part(settings) {
+            return None;
+        }
+        for ip in &*pod.addresses {
+            if let Some(owner) = self.addresses.other(ip, pod).map(name) {
+                report(
+                    "status.podIP",
+                    format!("Pod {owner} has the address {ip} too and counts as the newer one: remove one of the two"),
+                );
+            }
+        }
+        let mut uid = pod.uid.clone();
+        if let Some(owner) = self.uids.other(&uid, pod).map(name) {
+            report(
+                "metadata.uid",
+                format!("Pod {owner} has the same uid, so this pod goes by its name: give each its own"),
+            );
+            uid = name(pod).into();
+        }
+        let netns = pod.netns().filter(|path| {
+            let owner = self.netns.other(path, pod).map(name);
+            if let Some(owner) = &owner {
+                let message = format!(
+                    "Pod {owner} has the network namespace {} too, so this pod gets none: give each its own",
+                    path.display()
+                );
+                report("metadata.annotations[nodemesh.io/netns]", message);
+            }
+            owner.is_none()
+        });
+        if mode.enrolled
+            && let Some((field, message)) = check_standalone(settings, pod)
+        {
+            report(field, message);
+        }
+        let own = self.addresses(pod);
+        if own.is_empty() && !pod.addresses.is_empty() {
+            return None;
+        }
+        let addresses = if own.len() == pod.addresses.len() { pod.addresses.clone() } else { own.into() };
+        let judged = pod.own.as_ref().filter(|_| settings.judges(&pod.node));
+        let rules = judged.map(|own| {
+            let (policies, root) = (around.policies, &settings.root_namespace);
+            policies.of(&pod.namespace, &own.labels, &addresses, root, around.sites, problems)
+        });
+        Some(Workload {
+            uid,
+            name: pod.name.clone(),
+            namespace: pod.namespace.clone(),
+            identity: pod.kin.identity.clone(),
+            addresses,
+            node: pod.node.clone(),
+            locality: around.nodes.place(&pod.node),
+            transport: if mode.enrolled { Transport::Hbone } else { Transport::Plain },
+            mode_is_said: mode.said,
+            // Elsewhere the annotation is any pod owner's to write, and could name another's.
+            netns: settings.standalone_node.as_ref().and(netns).cloned(),
+            rules,
+            names: pod.kin.names.clone(),
+            cluster: settings.cluster.clone(),
+        })
+    }
 }
 
 /// Whether a pod is in the mesh, and whether a manifest says so.
-#[derive(Clone, Copy)]
 struct Membership {
     enrolled: bool,
     said: bool,
+    /// It should be and cannot: the field, and one sentence.
+    refused: Option<(&'static str, String)>,
 }
 
-pub(super) fn places<'a>(nodes: &[In<'a, Node>]) -> Places<'a> {
-    nodes.iter().map(|n| (n.is.name.as_str(), &n.is.locality)).collect()
-}
-
-/// The pods that are reached at an address of their own, the others take no part; and what is to be said of those of this
-/// node.
-pub(super) fn members<'a>(
-    settings: &Settings,
-    all: &Objects<'a>,
-    problems: &mut Vec<Problem>,
-) -> (Vec<Member<'a>>, NodePods) {
-    let istio = settings.istio_labels;
-    let namespaces: HashMap<&str, _> = all.namespaces.iter().map(|n| (n.is.name.as_str(), n.is.mode)).collect();
-    let enabled_namespaces = namespaces
-        .iter()
-        .filter(|(_, mode)| mode.enabled(istio) == Some(true))
-        .map(|(name, _)| Arc::from(*name))
-        .collect();
-    let mut node_pods = NodePods { enabled_namespaces, pods: BTreeMap::new() };
-    let mut present: Vec<(&In<'a, Pod>, Membership)> = Vec::new();
-    for pod in all.pods.iter().filter(|p| !p.is.ended) {
-        let own = pod.is.mode;
-        let namespace = namespaces.get(pod.is.namespace.as_str()).copied();
+impl Membership {
+    fn of(pod: &Pod, around: &Surroundings<'_>) -> Self {
+        let istio = around.settings.istio_labels;
+        let own = pod.mode;
+        let namespace = around.namespaces.get(&pod.namespace).copied();
         let enabled = own.enabled(istio).or_else(|| namespace.map(|mode| mode.enabled(istio).unwrap_or(false)));
         // What the pod says itself needs no namespace; what is not clear is not said.
         let clear =
             own.is_clear(istio) && (own.enabled(istio).is_some() || namespace.is_some_and(|m| m.is_clear(istio)));
-        let mut mode = Membership { enrolled: enabled.unwrap_or(false), said: enabled.is_some() && clear };
-        let refusal = refusal(pod.is, &all.runtime_classes).filter(|_| mode.enrolled);
-        if let Some((field, message)) = &refusal {
-            problems.push(problem(Severity::Warning, pod.at, field, message.as_str()));
+        let (enrolled, said) = (enabled.unwrap_or(false), enabled.is_some() && clear);
+        match refusal(pod, around.classes).filter(|_| enrolled) {
+            None => Self { enrolled, said, refused: None },
             // Others reach it as a pod outside of the mesh.
-            mode = Membership { enrolled: false, said: true };
-        }
-        if settings.node.as_deref().is_some_and(|node| *node == *pod.is.node) {
-            let standing = match refusal {
-                Some((_, message)) => Standing::Refused(message),
-                None if mode.enrolled => Standing::Enabled,
-                None if mode.said => Standing::Outside,
-                None => Standing::Unclear,
-            };
-            let shown = pod.is.shown.clone();
-            let (namespace, name) = (pod.is.namespace.as_str().into(), pod.is.name.as_str().into());
-            let known = NodePod { namespace, name, standing, shown };
-            node_pods.pods.insert(uid(pod.is).into(), known);
-        }
-        // In the host's network it has the node's address: what it sends cannot be told from the node's.
-        if !pod.is.host_network && !pod.is.addresses.is_empty() {
-            present.push((pod, mode));
+            refused => Self { enrolled: false, said: true, refused },
         }
     }
-    // The newest comes first and takes what it claims: an address that was given again belongs to the pod that got it.
-    present.sort_by(|(a, _), (b, _)| {
-        let age = |p: &'a Pod| (p.terminating, std::cmp::Reverse(p.created.as_deref()), &p.namespace, &p.name);
-        age(a.is).cmp(&age(b.is))
-    });
-    let mut claims = Claims::default();
-    let mut members: Vec<Member<'a>> = Vec::new();
-    for (pod, mode) in present {
-        let member = claims.member(pod, mode, problems);
-        if mode.enrolled {
-            check_standalone(settings, pod, problems);
-        }
-        if !member.addresses.is_empty() {
-            members.push(member);
-        }
-    }
-    members.sort_by_key(|m| (&m.pod.namespace, &m.pod.name));
-    (members, node_pods)
 }
 
 /// Why a pod cannot be in the mesh: the field, and one sentence.
-fn refusal(pod: &Pod, classes: &[In<'_, RuntimeClass>]) -> Option<(&'static str, String)> {
+fn refusal(pod: &Pod, classes: &Classes) -> Option<(&'static str, String)> {
     if pod.host_network {
+        // It has the node's address and no network of its own: what it sends cannot be told from the node's.
         let message = "a pod in the host's network cannot be in the mesh and stays out of it: \
                        remove hostNetwork, or label the pod nodemesh.io/mode: disabled";
         return Some(("spec.hostNetwork", message.to_owned()));
     }
-    let class = &pod.runtime_class;
+    let class = &pod.kin.runtime_class;
+    if class.is_empty() {
+        return None;
+    }
     // A class that is not known is judged by its name, which usually is that of its handler.
-    let handler = classes.iter().find(|c| c.is.name == *class).map_or(class, |c| &c.is.handler);
-    let lower = handler.to_lowercase();
+    let lower = classes.get(class).unwrap_or(class).to_lowercase();
     let sandbox = match () {
         () if lower.contains("runsc") || lower.contains("gvisor") => "gVisor",
         () if lower.starts_with("kata") => "Kata Containers",
@@ -124,159 +508,15 @@ fn refusal(pod: &Pod, classes: &[In<'_, RuntimeClass>]) -> Option<(&'static str,
     Some(("spec.runtimeClassName", message))
 }
 
-/// By what the pod is known, where no other has the same.
-fn uid(pod: &Pod) -> String {
-    if pod.uid.is_empty() { format!("{}/{}", pod.namespace, pod.name) } else { pod.uid.clone() }
-}
-
-/// What only one pod can have, and who has it.
-#[derive(Default)]
-struct Claims<'a> {
-    addresses: HashMap<IpAddr, &'a Pod>,
-    uids: HashMap<String, &'a Pod>,
-    netns: HashMap<&'a PathBuf, &'a Pod>,
-}
-
-impl<'a> Claims<'a> {
-    fn member(&mut self, pod: &In<'a, Pod>, mode: Membership, problems: &mut Vec<Problem>) -> Member<'a> {
-        let name = |p: &Pod| format!("{}/{}", p.namespace, p.name);
-        let mut report = |field: &str, message: String| {
-            problems.push(problem(Severity::Warning, pod.at, field, message));
-        };
-        let mut addresses = Vec::new();
-        for &ip in &pod.is.addresses {
-            let owner = *self.addresses.entry(ip).or_insert(pod.is);
-            if std::ptr::eq(owner, pod.is) {
-                addresses.push(ip);
-            } else {
-                let owner = name(owner);
-                report(
-                    "status.podIP",
-                    format!("Pod {owner} has the address {ip} too and counts as the newer one: remove one of the two"),
-                );
-            }
-        }
-        let own_name = name(pod.is);
-        let mut uid = uid(pod.is);
-        let owner = *self.uids.entry(uid.clone()).or_insert(pod.is);
-        if !std::ptr::eq(owner, pod.is) {
-            let owner = name(owner);
-            report(
-                "metadata.uid",
-                format!("Pod {owner} has the same uid, so this pod goes by its name: give each its own"),
-            );
-            uid = own_name;
-        }
-        let netns = pod.is.netns.as_ref().filter(|path| {
-            let owner = *self.netns.entry(path).or_insert(pod.is);
-            if !std::ptr::eq(owner, pod.is) {
-                let message = format!(
-                    "Pod {} has the network namespace {} too, so this pod gets none: give each its own",
-                    name(owner),
-                    path.display()
-                );
-                report("metadata.annotations[nodemesh.io/netns]", message);
-            }
-            std::ptr::eq(owner, pod.is)
-        });
-        Member { pod: pod.is, addresses, uid, netns: netns.cloned(), mode }
-    }
-}
-
 /// In standalone mode nobody but the manifest says where a pod's network is.
-fn check_standalone(settings: &Settings, pod: &In<'_, Pod>, problems: &mut Vec<Problem>) {
-    let Some(node) = &settings.standalone_node else { return };
-    if pod.is.node.is_empty() {
+fn check_standalone(settings: &Settings, pod: &Pod) -> Option<(&'static str, String)> {
+    let node = settings.standalone_node.as_ref()?;
+    if pod.node.is_empty() {
         let message = format!("the pod is on no node, so no agent serves it: write spec.nodeName, such as {node}");
-        problems.push(problem(Severity::Warning, pod.at, "spec.nodeName", message));
-    } else if *pod.is.node == **node && pod.is.netns.is_none() {
-        let message = "the pod is in the mesh and on this node, but has no annotation nodemesh.io/netns, so nothing \
-                       reaches it: write the path of its network namespace, such as /run/netns/web";
-        problems.push(problem(Severity::Warning, pod.at, "metadata.annotations[nodemesh.io/netns]", message));
+        return Some(("spec.nodeName", message));
     }
-}
-
-pub(super) fn build(
-    settings: &Settings,
-    all: &Objects<'_>,
-    members: &[Member<'_>],
-    services: &[Draft<'_>],
-    places: &Places<'_>,
-    problems: &mut Vec<Problem>,
-) -> Vec<Arc<Workload>> {
-    let behind = |namespace: &str, name: &str| -> BTreeSet<IpAddr> {
-        let service = services.iter().find(|s| s.is_named(namespace, name));
-        service.map(|s| s.backends().collect()).unwrap_or_default()
-    };
-    let policies = Policies::new(&all.authorization_policies, &settings.root_namespace, behind);
-    let mtls = MtlsPolicies::new(&all.peer_authentications, &settings.root_namespace, problems);
-    let mut texts = Texts::default();
-    let mut workloads = Vec::with_capacity(members.len());
-    for member in members {
-        let pod = member.pod;
-        let identity = SpiffeId::new(&settings.trust_domain, &pod.namespace, &pod.service_account)
-            .expect("the names were checked when the pod was parsed");
-        let names = Names::of(pod);
-        workloads.push(Arc::new(Workload {
-            uid: member.uid.as_str().into(),
-            name: pod.name.as_str().into(),
-            namespace: texts.get(&pod.namespace),
-            identity,
-            addresses: member.addresses.clone(),
-            node: texts.get(&pod.node),
-            locality: places.get(pod.node.as_str()).copied().cloned().unwrap_or_default(),
-            transport: if member.mode.enrolled { Transport::Hbone } else { Transport::Plain },
-            mode_is_said: member.mode.said,
-            // Elsewhere the annotation is any pod owner's to write, and could name another's.
-            netns: settings.standalone_node.as_ref().and(member.netns.clone()),
-            policies: policies.of(pod, &member.addresses),
-            mtls: mtls.of(pod),
-            workload_name: texts.get(&pod.workload_name),
-            app: texts.get(names.app),
-            version: texts.get(names.version),
-            canonical_name: texts.get(names.canonical_name),
-            canonical_revision: texts.get(names.canonical_revision),
-            cluster: settings.cluster.clone(),
-        }));
-    }
-    problems.extend(mtls.into_conflicts());
-    workloads
-}
-
-/// Names for metrics, from labels as Istio derives them.
-struct Names<'a> {
-    app: &'a str,
-    version: &'a str,
-    canonical_name: &'a str,
-    canonical_revision: &'a str,
-}
-
-impl<'a> Names<'a> {
-    fn of(pod: &'a Pod) -> Self {
-        let first =
-            |keys: &[&str]| keys.iter().find_map(|k| pod.labels.get(*k)).map(String::as_str).filter(|v| !v.is_empty());
-        const REVISION: &str = "service.istio.io/canonical-revision";
-        Self {
-            app: first(&["app", "app.kubernetes.io/name"]).unwrap_or("unknown"),
-            version: first(&["version", "app.kubernetes.io/version"]).unwrap_or("unknown"),
-            canonical_name: first(&["service.istio.io/canonical-name", "app.kubernetes.io/name", "app"])
-                .unwrap_or(&pod.workload_name),
-            canonical_revision: first(&[REVISION, "app.kubernetes.io/version", "version"]).unwrap_or("latest"),
-        }
-    }
-}
-
-/// Names that many pods have are kept once.
-#[derive(Default)]
-struct Texts(BTreeMap<String, Arc<str>>);
-
-impl Texts {
-    fn get(&mut self, text: &str) -> Arc<str> {
-        if let Some(known) = self.0.get(text) {
-            return known.clone();
-        }
-        let new: Arc<str> = text.into();
-        self.0.insert(text.into(), new.clone());
-        new
-    }
+    let message = "the pod is in the mesh and on this node, but has no annotation nodemesh.io/netns, so nothing \
+                   reaches it: write the path of its network namespace, such as /run/netns/web";
+    let missing = pod.node == *node && pod.netns().is_none();
+    missing.then(|| ("metadata.annotations[nodemesh.io/netns]", message.into()))
 }

@@ -14,6 +14,7 @@ mod layout;
 mod load;
 mod network;
 mod process;
+pub mod scale;
 pub mod stage;
 mod status;
 mod up;

@@ -103,7 +103,7 @@ pub fn step(what: &str, act: impl FnOnce() -> Result<()>) -> Result<()> {
 }
 
 /// Starts it unless it runs, and waits until it is ready.
-fn ensure(cluster: &Cluster, programs: &Programs, component: &Component) -> Result<()> {
+pub fn ensure(cluster: &Cluster, programs: &Programs, component: &Component) -> Result<()> {
     step(&format!("{} {}", component.place, component.name), || {
         let mut recorded = Recorded::new(cluster, component.place, component.name);
         if recorded.pid().is_none() {

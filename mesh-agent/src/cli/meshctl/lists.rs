@@ -1,5 +1,6 @@
 //! The lists: what agents said -> a table, with the sentences that belong to it below.
 
+use std::collections::HashSet;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::Answer;
@@ -14,8 +15,8 @@ type Row = Vec<(String, Mood)>;
 
 pub(super) fn workloads(answers: &[Answer<Vec<WorkloadView>>], screen: Screen) -> String {
     // Every agent knows all workloads; the one on whose node it runs knows most.
-    let is_local_elsewhere =
-        |w: &WorkloadView| answers.iter().any(|a| a.value.iter().any(|o| o.local && o.uid == w.uid));
+    let local: HashSet<&str> =
+        answers.iter().flat_map(|a| &a.value).filter(|w| w.local).map(|w| w.uid.as_str()).collect();
     let mut table = Grouped::new(
         answers,
         vec![
@@ -34,7 +35,7 @@ pub(super) fn workloads(answers: &[Answer<Vec<WorkloadView>>], screen: Screen) -
     );
     let mut notes = Vec::new();
     for (node, w) in table.items(answers) {
-        if !w.local && is_local_elsewhere(w) {
+        if !w.local && local.contains(w.uid.as_str()) {
             continue;
         }
         let mood = match w.state.as_str() {
@@ -57,7 +58,7 @@ pub(super) fn workloads(answers: &[Answer<Vec<WorkloadView>>], screen: Screen) -
                 plain(address),
                 plain(dash(&w.node)),
                 (state.to_owned(), mood),
-                plain(&w.mtls),
+                plain(dash(&w.mtls)),
                 plain(joined(&w.policies)),
                 plain(&w.identity),
                 plain(&w.workload),

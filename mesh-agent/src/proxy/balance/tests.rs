@@ -1,6 +1,7 @@
 //! Who gets the connection, counted exactly where the algorithm is exact and within bounds where chance decides.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use proptest::prelude::*;
 use rand::rngs::StdRng;
@@ -13,9 +14,8 @@ fn endpoint(n: u8, zone: &str, node: &str) -> Endpoint {
         address: SocketAddr::new([10, 0, 0, n].into(), 8080),
         ready: true,
         serving: true,
-        locality: Locality { region: zone.split('-').next().unwrap().into(), zone: zone.into() },
+        locality: Locality { region: zone.split('-').next().unwrap().into(), zone: zone.into() }.into(),
         node: (!node.is_empty()).then(|| node.into()),
-        workload: None,
     }
 }
 
@@ -165,7 +165,7 @@ fn the_nearest_circle_that_has_any_is_taken() {
 #[test]
 fn equal_zone_names_of_two_regions_are_not_one_zone() {
     let mut far = endpoint(1, "eu-a", "n1");
-    far.locality.region = "us".into();
+    Arc::make_mut(&mut far.locality).region = "us".into();
     let port = port(vec![far, endpoint(2, "eu-b", "n2")]);
     assert_eq!(Test::at("eu-a", "n9").reach(&port, Scope::SameZone), [2]);
 }

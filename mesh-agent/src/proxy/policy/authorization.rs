@@ -26,6 +26,8 @@ pub struct Permit {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Denied {
+    /// The workload is judged on another node, and its rules are not known here.
+    Elsewhere,
     /// mTLS mode STRICT and no mutual TLS.
     Plaintext,
     /// A DENY policy matched: `namespace/name`.
@@ -37,6 +39,7 @@ pub enum Denied {
 impl std::fmt::Display for Denied {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
+            Self::Elsewhere => f.write_str("the workload is on another node, which alone knows its policies"),
             Self::Plaintext => f.write_str("PeerAuthentication: mutual TLS is STRICT and the client came in plaintext"),
             Self::ByPolicy(name) => write!(f, "AuthorizationPolicy {name} (DENY)"),
             Self::NotAllowed => f.write_str("AuthorizationPolicy: no ALLOW policy of the workload matches"),
@@ -53,11 +56,14 @@ pub struct Verdict {
 
 /// Judges a connection to `workload` by its mTLS mode and policies.
 pub fn authorize(workload: &Workload, connection: &Connection<'_>) -> Verdict {
+    let Some(rules) = &workload.rules else {
+        return Verdict { result: Err(Denied::Elsewhere), audited: Vec::new() };
+    };
     let mut audited = Vec::new();
     let mut denied_by: Option<&AuthorizationPolicy> = None;
     let mut allow_exists = false;
     let mut allowed = false;
-    for policy in &workload.policies.policies {
+    for policy in &rules.policies {
         // One pass over all: an audited policy is reported whatever the others say. A decision already made is not
         // looked for twice.
         let reported_only = policy.dry_run || policy.action == Action::Audit;
@@ -76,7 +82,7 @@ pub fn authorize(workload: &Workload, connection: &Connection<'_>) -> Verdict {
             Action::Deny | Action::Audit => {}
         }
     }
-    let strict = workload.mtls.of(connection.destination.port()) == MtlsMode::Strict;
+    let strict = rules.mtls.of(connection.destination.port()) == MtlsMode::Strict;
     let result = if strict && connection.identity.is_none() {
         Err(Denied::Plaintext)
     } else if let Some(policy) = denied_by {

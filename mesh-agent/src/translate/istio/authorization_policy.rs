@@ -11,14 +11,14 @@ use crate::model::{self, Action, Rule};
 use crate::translate::report::{Labels, Report, nullable};
 use crate::translate::{Broken, Object, Parsed};
 
-#[derive(Debug)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::translate) struct AuthorizationPolicy {
     pub policy: Arc<model::AuthorizationPolicy>,
     pub scope: Scope,
 }
 
 /// For which pods of the namespace it holds; in the root namespace, of the whole mesh.
-#[derive(Debug)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::translate) enum Scope {
     All,
     Selected(Labels),

@@ -10,7 +10,7 @@ use crate::model::MtlsMode;
 use crate::translate::report::{Labels, Report, nullable};
 use crate::translate::{Broken, Object, Parsed};
 
-#[derive(Debug)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::translate) struct PeerAuthentication {
     pub name: String,
     pub namespace: String,

@@ -5,7 +5,7 @@ mod endpoint_slice;
 mod pod;
 mod service;
 
-pub(super) use endpoint_slice::{EndpointSlice, endpoint_slice};
+pub(super) use endpoint_slice::{Backend, EndpointSlice, endpoint_slice};
 pub(super) use pod::{Pod, pod};
 pub(super) use service::{Kind, Port, Service, TargetPort, service};
 
@@ -39,20 +39,17 @@ impl Mode {
 
 #[derive(Debug)]
 pub(in crate::translate) struct Namespace {
-    pub name: String,
     pub mode: Mode,
 }
 
 #[derive(Debug)]
 pub(in crate::translate) struct Node {
-    pub name: String,
     pub locality: Locality,
 }
 
 /// How pods of a class are run.
 #[derive(Debug)]
 pub(in crate::translate) struct RuntimeClass {
-    pub name: String,
     /// The container runtime's name of it.
     pub handler: String,
 }
@@ -92,7 +89,7 @@ struct OnlyMetadata {
 pub(in crate::translate) fn namespace(object: &Object, report: &mut Report) -> Option<Namespace> {
     let OnlyMetadata { metadata } = report.read(object)?;
     let mode = mode(&metadata.labels, None, report);
-    report.unless_broken(Namespace { name: metadata.name, mode })
+    report.unless_broken(Namespace { mode })
 }
 
 pub(in crate::translate) fn node(object: &Object, report: &mut Report) -> Option<Node> {
@@ -100,7 +97,7 @@ pub(in crate::translate) fn node(object: &Object, report: &mut Report) -> Option
     let label = |key: &str| metadata.labels.get(key).map(String::as_str).unwrap_or_default().into();
     let locality =
         Locality { region: label("topology.kubernetes.io/region"), zone: label("topology.kubernetes.io/zone") };
-    report.unless_broken(Node { name: metadata.name, locality })
+    report.unless_broken(Node { locality })
 }
 
 #[derive(Deserialize)]
@@ -111,8 +108,8 @@ struct WithHandler {
 }
 
 pub(in crate::translate) fn runtime_class(object: &Object, report: &mut Report) -> Option<RuntimeClass> {
-    let WithHandler { metadata, handler } = report.read(object)?;
-    report.unless_broken(RuntimeClass { name: metadata.name, handler })
+    let WithHandler { metadata: Metadata { .. }, handler } = report.read(object)?;
+    report.unless_broken(RuntimeClass { handler })
 }
 
 /// Nothing of a ServiceAccount is needed; a broken one is reported all the same.

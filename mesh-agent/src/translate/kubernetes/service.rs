@@ -10,7 +10,7 @@ use crate::model::{Algorithm, Scope};
 use crate::translate::Object;
 use crate::translate::report::{Labels, Report, nullable};
 
-#[derive(Debug)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::translate) struct Service {
     pub name: String,
     pub namespace: String,
@@ -23,7 +23,7 @@ pub(in crate::translate) struct Service {
     pub scope: Scope,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::translate) enum Kind {
     /// With virtual addresses; none for a headless service.
     Addresses(Vec<IpAddr>),
@@ -31,7 +31,16 @@ pub(in crate::translate) enum Kind {
     ExternalName,
 }
 
-#[derive(Debug)]
+impl Kind {
+    pub fn addresses(&self) -> &[IpAddr] {
+        match self {
+            Self::Addresses(addresses) => addresses,
+            Self::ExternalName => &[],
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::translate) struct Port {
     pub port: u16,
     pub name: String,
@@ -40,7 +49,7 @@ pub(in crate::translate) struct Port {
     pub target: TargetPort,
 }
 
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(untagged, expecting = "expected a port number or the name of a port")]
 pub(in crate::translate) enum TargetPort {
     Number(u16),

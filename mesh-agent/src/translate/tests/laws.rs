@@ -137,7 +137,7 @@ proptest! {
     fn a_policy_that_cannot_be_judged_never_opens((action, policy) in spoiled_policies()) {
         let t = translate(&settings(), &[pod("app", "10.0.0.9"), object(policy)], &Memory::default());
         prop_assert!(!t.problems.is_empty());
-        let policies = &t.parts.workloads[0].policies.policies;
+        let policies = &t.parts.workloads[0].rules.as_ref().unwrap().policies;
         prop_assert_eq!(policies.len(), 1);
         match action {
             "ALLOW" => {
@@ -193,7 +193,8 @@ fn pods_with_equal_policies_share_one_list() {
     objects.push(policy("all", json!({"rules": [{}]})));
     objects.push(policy("one", json!({"selector": {"matchLabels": {"app": "p7"}}, "rules": [{}]})));
     let t = translate(&settings(), &objects, &Memory::default());
-    let lists: std::collections::BTreeSet<_> = t.parts.workloads.iter().map(|w| Arc::as_ptr(&w.policies)).collect();
+    let lists: std::collections::BTreeSet<_> =
+        t.parts.workloads.iter().map(|w| Arc::as_ptr(w.rules.as_ref().unwrap())).collect();
     assert_eq!(t.parts.workloads.len(), 200);
     assert_eq!(lists.len(), 2);
 }

@@ -61,6 +61,7 @@ fn judge(app: &Workload, connection: &str) -> String {
         Ok(_) => "allow".to_owned(),
         Err(Denied::Plaintext) => "plaintext".to_owned(),
         Err(Denied::ByPolicy(name)) => format!("deny {name}"),
+        Err(Denied::Elsewhere) => "elsewhere".to_owned(),
         Err(Denied::NotAllowed) => "not allowed".to_owned(),
     };
     if !verdict.audited.is_empty() {

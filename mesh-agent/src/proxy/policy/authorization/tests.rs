@@ -9,7 +9,7 @@ use proptest::prelude::*;
 use proptest::sample::select;
 
 use super::*;
-use crate::model::{Locality, MtlsModes, PortMatch, Transport, TrustDomain, WorkloadPolicies};
+use crate::model::{MtlsModes, Names, PortMatch, Rules, Transport, TrustDomain};
 
 const NAMESPACES: &[&str] = &["shop", "pay"];
 const ACCOUNTS: &[&str] = &["web", "db"];
@@ -27,19 +27,23 @@ fn workload(policies: Vec<AuthorizationPolicy>, mode: MtlsMode) -> Workload {
         name: text("app"),
         namespace: text("shop"),
         identity: identity("shop", "app"),
-        addresses: vec!["10.0.0.9".parse().unwrap()],
+        addresses: ["10.0.0.9".parse().unwrap()].into(),
         node: text("n"),
-        locality: Locality::default(),
+        locality: Arc::default(),
         transport: Transport::Hbone,
         mode_is_said: true,
         netns: None,
-        policies: Arc::new(WorkloadPolicies { policies: policies.into_iter().map(Arc::new).collect() }),
-        mtls: MtlsModes { default: mode, ..Default::default() },
-        workload_name: text("app"),
-        app: text("app"),
-        version: text("v1"),
-        canonical_name: text("app"),
-        canonical_revision: text("v1"),
+        rules: Some(Arc::new(Rules {
+            mtls: MtlsModes { default: mode, ..Default::default() },
+            policies: policies.into_iter().map(Arc::new).collect(),
+        })),
+        names: Arc::new(Names {
+            workload: text("app"),
+            app: text("app"),
+            version: text("v1"),
+            canonical_name: text("app"),
+            canonical_revision: text("v1"),
+        }),
         cluster: text("c"),
     }
 }
@@ -254,7 +258,7 @@ proptest! {
 #[test]
 fn a_port_of_its_own_mode_is_judged_by_it() {
     let mut w = workload(vec![], MtlsMode::Strict);
-    w.mtls.ports.insert(80, MtlsMode::Permissive);
+    Arc::make_mut(w.rules.as_mut().unwrap()).mtls.ports.insert(80, MtlsMode::Permissive);
     let to = |port| Connection {
         identity: None,
         source: "10.0.0.1:9".parse().unwrap(),
