@@ -107,7 +107,9 @@ async fn node(config: config::Node, log: logging::LogLevel) -> anyhow::Result<()
     };
     let redirect = Arc::new(prepared.begin()?);
     let (sockets, admin_file) = own.to_hand_over(&config).context("cannot keep the agent's sockets")?;
-    let Own { lock, metrics: metrics_listener, readiness: _, admin: admin_socket } = own;
+    let Own { lock, metrics: metrics_listener, readiness: readiness_listener, admin: admin_socket } = own;
+    // It is served by another descriptor; none may stay here when the place is given away.
+    drop(readiness_listener);
     lock.for_life();
 
     let name: Arc<str> = config.node_name.as_str().into();
