@@ -50,10 +50,20 @@ pub fn run_node(config: config::Node) -> anyhow::Result<()> {
     let result = runtime.block_on(node(config, log));
     // Not dropped: that would wait for threads that are stuck.
     runtime.shutdown_timeout(Duration::from_secs(1));
-    result
+    match result? {
+        End::Done => Ok(()),
+        End::StandBy => Err(handover::start_anew()).context("cannot start anew"),
+    }
 }
 
-async fn node(config: config::Node, log: logging::LogLevel) -> anyhow::Result<()> {
+/// How the life of an agent ends.
+enum End {
+    Done,
+    /// Another agent has its place, and kubelet has not said that this one shall end.
+    StandBy,
+}
+
+async fn node(config: config::Node, log: logging::LogLevel) -> anyhow::Result<End> {
     let started = Instant::now();
     let mut signals = Signals::new().context("cannot wait for signals")?;
     let readiness = Readiness::default();
@@ -66,6 +76,9 @@ async fn node(config: config::Node, log: logging::LogLevel) -> anyhow::Result<()
         kernel_log: config.kernel_log,
         original_dst_entries: config.orig_dst_entries,
     };
+    if !handover::stand_by(config.pod_dir.as_ref(), &in_kernel, &mut signals).await? {
+        return Ok(End::Done);
+    }
     let handover_socket = handover::socket_path(&config.admin_socket);
     let predecessor = match config.take_over {
         true => handover::find(&handover_socket, &config.node_name).await?,
@@ -83,7 +96,7 @@ async fn node(config: config::Node, log: logging::LogLevel) -> anyhow::Result<()
         // In Kubernetes it may wait for long, for the API server or the controller.
         stop = signals.recv() => {
             tracing::info!(signal = stop.name(), "stopped before it was ready");
-            return Ok(());
+            return Ok(End::Done);
         }
     };
     let access_log = config.access_log.map_or_else(AccessLog::off, AccessLog::new);
@@ -98,7 +111,7 @@ async fn node(config: config::Node, log: logging::LogLevel) -> anyhow::Result<()
                 taken = predecessor.take(&config, &in_kernel, &snapshot, &certificates) => taken?,
                 stop = signals.recv() => {
                     tracing::info!(signal = stop.name(), "stopped before it had taken over");
-                    return Ok(());
+                    return Ok(End::Done);
                 }
             };
             serving.push(taken.0.serve_readiness(&readiness)?);
@@ -175,6 +188,8 @@ async fn node(config: config::Node, log: logging::LogLevel) -> anyhow::Result<()
     }
     drop(starting);
     tracing::info!(node = config.node_name, after = ?started.elapsed(), "ready");
+    let pod = config.pod_dir;
+    pod.iter().try_for_each(|pod| pod.set_ready(true))?;
     let giver = Giver {
         node: config.node_name,
         orders,
@@ -199,22 +214,30 @@ async fn node(config: config::Node, log: logging::LogLevel) -> anyhow::Result<()
             }
         },
     };
+    pod.iter().try_for_each(|pod| pod.set_ready(false))?;
     match given {
         Some(Given::Handed { pid, version, connections }) => {
             tracing::info!("handed over to agent PID {pid} ({version}); {connections} connections drain");
-            drained(&mut signals, enrolling, proxy, config.drain_timeout).await;
-            Ok(())
+            pod.iter().try_for_each(|pod| pod.set_handed_over(true))?;
+            let asked = drained(&mut signals, enrolling, proxy, config.drain_timeout).await;
+            Ok(if pod.is_some() && !asked { End::StandBy } else { End::Done })
         }
         Some(Given::Leave { .. }) | None => tokio::select! {
             done = stopped(why, enrolling, proxy, config.drain_timeout) => done,
             // The second signal.
-            _ = signals.recv() => Ok(()),
+            _ = signals.recv() => Ok(End::Done),
         },
     }
 }
 
-/// Another agent serves the pods; what is open here ends in its own time. Policy still cuts what it no longer allows.
-async fn drained(signals: &mut Signals, enrolling: tokio::task::JoinHandle<()>, proxy: Arc<Proxy>, patience: Duration) {
+/// Another agent serves the pods; what is open here ends in its own time. Policy still cuts what it no longer allows. Returns
+/// whether a signal has asked for the end.
+async fn drained(
+    signals: &mut Signals,
+    enrolling: tokio::task::JoinHandle<()>,
+    proxy: Arc<Proxy>,
+    patience: Duration,
+) -> bool {
     let end = proxy.end(patience);
     tokio::pin!(end);
     let mut asked = false;
@@ -232,6 +255,7 @@ async fn drained(signals: &mut Signals, enrolling: tokio::task::JoinHandle<()>, 
     }
     enrolling.abort();
     tracing::info!("the last connection has ended");
+    asked
 }
 
 /// Stops accepting and lets connections end. Pods stay enrolled in the kernel: until the next agent comes, what they open
@@ -241,13 +265,13 @@ async fn stopped(
     enrolling: tokio::task::JoinHandle<()>,
     proxy: Arc<Proxy>,
     patience: Duration,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<End> {
     tracing::info!(why, ?patience, "draining");
     enrolling.abort();
     // Its clone of the proxy, inside `events`, goes with it.
     let _ = enrolling.await;
     proxy.drain(patience).await;
-    Ok(())
+    Ok(End::Done)
 }
 
 /// `mesh-agent controller`: the CA of a mesh, until a signal ends it.

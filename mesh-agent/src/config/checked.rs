@@ -7,6 +7,7 @@ use std::time::Duration;
 use super::value;
 use super::written::io_reason;
 use super::{ConfigError, Written};
+use crate::lifecycle::PodDir;
 use crate::model::{OutboundPolicy, TrustDomain};
 use crate::telemetry::{LogFormat, logging};
 
@@ -29,6 +30,8 @@ pub struct Node {
     pub drain_timeout: Duration,
     /// From an agent that runs; else it is an error that there is one.
     pub take_over: bool,
+    /// Given where this runs in a pod of Kubernetes: what kubelet and the pod's next container must know is noted there.
+    pub pod_dir: Option<PodDir>,
     pub ca: CertificateAuthority,
     pub cert_lifetime: Duration,
     pub trust_domain: TrustDomain,
@@ -167,6 +170,7 @@ impl Node {
             },
             drain_timeout: w.or("drain-timeout", "5s", |t| value::duration_between(t, Duration::ZERO, MAX_DRAIN))?,
             take_over: w.or("take-over", "false", value::boolean)?,
+            pod_dir: w.optional_directory("pod-dir")?.map(|path| PodDir::new(&path)),
             ca: w.certificate_authority()?,
             cert_lifetime: w.cert_lifetime()?,
             trust_domain: w.trust_domain()?,
@@ -212,6 +216,14 @@ impl Node {
             )));
         }
         Ok(node)
+    }
+}
+
+/// For `mesh-agent node --is-ready`: where the agent of this pod notes that it is.
+pub fn pod_dir(written: &Written) -> Result<PodDir, ConfigError> {
+    match Reader(written).optional_directory("pod-dir")? {
+        Some(path) => Ok(PodDir::new(&path)),
+        None => Err(ConfigError("--is-ready needs --pod-dir: the agent notes there that it is ready".to_owned())),
     }
 }
 

@@ -10,7 +10,7 @@ mod value;
 mod written;
 
 pub use checked::{
-    Analysis, CertificateAuthority, Cleanup, Controller, Kubernetes, Logging, Machine, Node, Source, Token,
+    Analysis, CertificateAuthority, Cleanup, Controller, Kubernetes, Logging, Machine, Node, Source, Token, pod_dir,
 };
 pub use table::{Kind, Role, SETTINGS, Setting};
 pub use value::{dns_name as node_name, duration, written_duration};

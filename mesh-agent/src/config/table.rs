@@ -101,6 +101,7 @@ pub const SETTINGS: &[Setting] = &[
     one(PLACE, NODE, "workers", "N", "0", "Threads that carry traffic; 0 is one for each core"),
     one(PLACE, NODE, "drain-timeout", "TIME", "5s", "How long open connections may go on after SIGTERM"),
     switch(PLACE, NODE, "take-over", "Take over from an agent of this node that runs"),
+    one(PLACE, NODE, "pod-dir", "DIR", "", "In Kubernetes: a folder that lives as long as this pod"),
     one(PLACE, CONTROLLER, "listen", "IP:PORT", "0.0.0.0:15012", "Where nodes ask for certificates"),
     switch(CERTIFICATES, NODE, "embedded-ca", "Run the certificate authority inside this agent"),
     many(CERTIFICATES, NODE, "ca-address", "HOST:PORT", "A controller that signs certificates; may be repeated"),

@@ -8,13 +8,18 @@ use clap::{Arg, ArgAction, ArgMatches, Command};
 
 use super::exit::{Failure, from_clap};
 use crate::config::duration;
-use crate::config::{Cleanup, ConfigError, Controller, Kind, Machine, Node, Origin, Role, SETTINGS, Setting, Written};
+use crate::config::{
+    Cleanup, ConfigError, Controller, Kind, Machine, Node, Origin, Role, SETTINGS, Setting, Written, pod_dir,
+};
+use crate::lifecycle::PodDir;
 
 /// What the user wants, all settings checked.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Wish {
     Node(Box<Node>),
     Cleanup(Cleanup),
+    /// Say whether the agent of this pod is ready, for kubelet.
+    IsReady(PodDir),
     Controller(Controller),
     Token {
         controller: Controller,
@@ -48,6 +53,13 @@ pub(super) fn command() -> Command {
                 .long("cleanup")
                 .action(ArgAction::SetTrue)
                 .help("Remove all that an agent of this node left in the kernel, then exit"),
+        )
+        .arg(
+            Arg::new("is-ready")
+                .long("is-ready")
+                .action(ArgAction::SetTrue)
+                .conflicts_with("cleanup")
+                .help("Exit with 0 if the agent of this pod is ready (kubelet's probe)"),
         );
     let token = Command::new("token")
         .about("Print a token with which one node may join")
@@ -124,6 +136,9 @@ pub(super) fn parse(
     match matches.subcommand() {
         Some(("node", matches)) => {
             let written = gather(matches, Role::Node, &variable)?;
+            if matches.get_flag("is-ready") {
+                return Ok(Wish::IsReady(pod_dir(&written)?));
+            }
             match matches.get_flag("cleanup") {
                 true => Ok(Wish::Cleanup(Cleanup::check(&written, machine)?)),
                 false => Ok(Wish::Node(Box::new(Node::check(&written, machine)?))),

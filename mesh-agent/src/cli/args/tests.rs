@@ -43,6 +43,8 @@ fn the_defaults() {
             admin_socket: PathBuf::from("/run/nodemesh/admin.sock"),
             workers: 4,
             drain_timeout: Duration::from_secs(5),
+            take_over: false,
+            pod_dir: None,
             ca: CertificateAuthority::Embedded,
             cert_lifetime: Duration::from_secs(24 * 3600),
             trust_domain: TrustDomain::new("cluster.local").unwrap(),
@@ -239,6 +241,21 @@ fn wrong_commands() {
     refused("serve", &[], "unknown command `serve`; see `mesh-agent --help`");
     refused("--quiet", &[], "unknown flag `--quiet`; see `mesh-agent --help`");
     refused("controller token", &[], "--node <NAME> is missing; see `mesh-agent controller --help`");
+}
+
+#[test]
+fn kubelet_asks_whether_the_agent_of_this_pod_is_ready() {
+    let dir = tempfile::tempdir().unwrap();
+    let asked = wish(&format!("node --is-ready --pod-dir {}", dir.path().display()), &[]).unwrap();
+    assert_eq!(asked, Wish::IsReady(PodDir::new(dir.path())));
+    let error = wish("node --is-ready", &[]).unwrap_err().to_string();
+    assert!(error.contains("--is-ready needs --pod-dir"), "{error}");
+}
+
+#[test]
+fn an_agent_with_a_ca_of_its_own_takes_nothing_over() {
+    let error = wish("node --take-over --embedded-ca --config-dir / --node-name a", &[]).unwrap_err().to_string();
+    assert!(error.contains("--take-over and --embedded-ca exclude each other"), "{error}");
 }
 
 #[test]
