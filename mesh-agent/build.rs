@@ -1,4 +1,5 @@
-//! Builds the kernel programs (`mesh-ebpf`) and puts the object where `redirect/load.rs` embeds it.
+//! Builds the kernel programs (`mesh-ebpf`) and puts the object where `redirect/load.rs` embeds it; lists the files of
+//! the Helm chart, which `meshctl` embeds.
 
 #[path = "../mesh-ebpf/toolchain.rs"]
 mod toolchain;
@@ -9,7 +10,33 @@ use std::{env, fs};
 use anyhow::{Context as _, Result, anyhow};
 
 fn main() -> Result<()> {
-    build_kernel_programs()
+    build_kernel_programs()?;
+    list_chart()
+}
+
+/// `chart.rs`: path and text of each file of the chart, in the order of their paths.
+fn list_chart() -> Result<()> {
+    let chart = Path::new(&env::var_os("CARGO_MANIFEST_DIR").context("cargo did not set CARGO_MANIFEST_DIR")?)
+        .join("../deploy/helm/nodemesh");
+    println!("cargo::rerun-if-changed={}", chart.display());
+    let mut files = Vec::new();
+    for folder in ["", "crds", "profiles", "templates"] {
+        let path = chart.join(folder);
+        for entry in fs::read_dir(&path).with_context(|| format!("cannot read {}", path.display()))? {
+            let path = entry?.path();
+            if path.is_file() {
+                files.push(path);
+            }
+        }
+    }
+    files.sort();
+    let mut list = String::from("&[\n");
+    for file in files {
+        let name = file.strip_prefix(&chart).unwrap_or(&file);
+        list += &format!("    ({:?}, include_str!({:?})),\n", name.display().to_string(), file.display().to_string());
+    }
+    let out = PathBuf::from(env::var_os("OUT_DIR").context("cargo did not set OUT_DIR")?);
+    fs::write(out.join("chart.rs"), list + "]\n").context("cannot write the list of the chart's files")
 }
 
 fn build_kernel_programs() -> Result<()> {

@@ -3,67 +3,55 @@
 //! Threads: the *control* runtime (two threads: discovery's results, enrolment, certificates, admin, metrics) and one
 //! thread a worker for the data path. Control never stands in the way of a byte.
 
+mod authority;
+mod controller;
+mod live;
+mod starting;
+mod upkeep;
+
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
+use arc_swap::ArcSwap;
 use tokio::task::AbortHandle;
 
+use self::authority::{authority_in_words, certificates};
+pub use self::controller::{join_token, revoke_token, rotate_root, run_controller};
+use self::live::Follower;
+use self::upkeep::{follow_probes, log_problems, raise_file_limit, sweep};
 use crate::admin::{AdminState, serve_admin, serve_metrics};
-use crate::api_server::{ApiServer, Kind};
-use crate::config::{self, CertificateAuthority, Source, Token};
+use crate::api_server::ApiServer;
+use crate::config::{self, Live, Source};
 use crate::discovery::{self, Sources};
 use crate::enrollment::{Enrollment, Inputs as EnrollmentInputs, Places, Processes, see_host_proc};
-use crate::handover::{self, Given, Giver, Own, Taken};
-use crate::identity::{
-    self, CA_ROOT, CA_ROOT_KEY, Ca, CaClient, CaClientOptions, CaError, CaOptions, CaServerOptions, CertificateOptions,
-    Certificates, Clock, Credential, JoinTokens, trusted_roots,
-};
+use crate::handover::{self, Given, Giver, Own, Taken, Turn};
+use crate::identity;
 use crate::lifecycle::{Readiness, Signals};
-use crate::model::{SpiffeId, TrustDomain};
 use crate::proxy::{Inputs as ProxyInputs, Proxy};
 use crate::redirect::{Options, Redirect};
 use crate::telemetry::{AccessLog, Telemetry, logging};
 use crate::translate::Settings;
 
-/// For one request to one controller.
-const CA_DEADLINE: Duration = Duration::from_secs(10);
-/// How often nodes ask for the roots: a change of the root takes a few of these.
-const ROOTS_POLL: Duration = Duration::from_secs(30);
-/// A file in the controller's state directory: `rotate-root` asks the controller that runs.
-const ROTATE_ROOT: &str = "rotate-root";
-const REQUEST_POLL: Duration = Duration::from_secs(1);
-/// How often the agent looks for the controller's roots when it starts.
-const BUNDLE_RETRY: Duration = Duration::from_secs(1);
-/// How often label sets of workloads that are gone leave the metrics, and entries of sockets that are gone the kernel.
-const SWEEP: Duration = Duration::from_secs(60);
+/// Where the name of the agent's pod is, in Kubernetes.
+pub const POD_NAME: &str = "NODEMESH_POD_NAME";
 
 /// `mesh-agent node`: serves the pods of this node until a signal ends it.
-pub fn run_node(config: config::Node) -> anyhow::Result<()> {
+pub fn run_node(config: config::Node, live: Live) -> anyhow::Result<()> {
     let log = logging::init(&config.logging.filter, config.logging.format).map_err(|e| anyhow!(e))?;
     identity::install_provider();
     raise_file_limit();
     see_host_proc(&config.host_proc);
     let runtime = control_runtime()?;
-    let result = runtime.block_on(node(config, log));
+    let result = runtime.block_on(node(config, live, log));
     // Not dropped: that would wait for threads that are stuck.
     runtime.shutdown_timeout(Duration::from_secs(1));
-    match result? {
-        End::Done => Ok(()),
-        End::StandBy => Err(handover::start_anew()).context("cannot start anew"),
-    }
+    result
 }
 
-/// How the life of an agent ends.
-enum End {
-    Done,
-    /// Another agent has its place, and kubelet has not said that this one shall end.
-    StandBy,
-}
-
-async fn node(config: config::Node, log: logging::LogLevel) -> anyhow::Result<End> {
+async fn node(config: config::Node, live: Live, log: logging::LogLevel) -> anyhow::Result<()> {
     let started = Instant::now();
     let mut signals = Signals::new().context("cannot wait for signals")?;
     let readiness = Readiness::default();
@@ -76,8 +64,10 @@ async fn node(config: config::Node, log: logging::LogLevel) -> anyhow::Result<En
         kernel_log: config.kernel_log,
         original_dst_entries: config.orig_dst_entries,
     };
-    if !handover::stand_by(config.pod_dir.as_ref(), &in_kernel, &mut signals).await? {
-        return Ok(End::Done);
+    let pod_name = std::env::var(POD_NAME).ok();
+    let turn = Turn::of(&config.admin_socket, pod_name.as_deref());
+    if !turn.wait(&in_kernel, &mut signals).await? {
+        return Ok(());
     }
     let handover_socket = handover::socket_path(&config.admin_socket);
     let predecessor = match config.take_over {
@@ -96,11 +86,10 @@ async fn node(config: config::Node, log: logging::LogLevel) -> anyhow::Result<En
         // In Kubernetes it may wait for long, for the API server or the controller.
         stop = signals.recv() => {
             tracing::info!(signal = stop.name(), "stopped before it was ready");
-            return Ok(End::Done);
+            return Ok(());
         }
     };
-    let access_log = config.access_log.map_or_else(AccessLog::off, AccessLog::new);
-    let telemetry = Arc::new(Telemetry::new(access_log));
+    let telemetry = Arc::new(Telemetry::new(AccessLog::new(config.access_log)));
     let prepared = Redirect::prepare(&in_kernel)?;
     let (own, taken) = match (own, predecessor) {
         (Some(own), _) => (own, Taken::default()),
@@ -111,7 +100,7 @@ async fn node(config: config::Node, log: logging::LogLevel) -> anyhow::Result<En
                 taken = predecessor.take(&config, &in_kernel, &snapshot, &certificates) => taken?,
                 stop = signals.recv() => {
                     tracing::info!(signal = stop.name(), "stopped before it had taken over");
-                    return Ok(End::Done);
+                    return Ok(());
                 }
             };
             serving.push(taken.0.serve_readiness(&readiness)?);
@@ -139,6 +128,10 @@ async fn node(config: config::Node, log: logging::LogLevel) -> anyhow::Result<En
         let proxy = proxy.clone();
         Box::new(move |event| proxy.pod_event(event))
     };
+    let places = Arc::new(match &config.source {
+        Source::Directory(_) => Places::Manifests,
+        Source::Kubernetes(_) => Places::Processes(Processes::new(&config.host_proc)),
+    });
     let mut enrollment = Enrollment::new(EnrollmentInputs {
         node: name,
         snapshot: sources.snapshot.clone(),
@@ -146,10 +139,7 @@ async fn node(config: config::Node, log: logging::LogLevel) -> anyhow::Result<En
         problems: sources.problems.clone(),
         redirect: redirect.clone(),
         certificates: certificates.clone(),
-        places: Arc::new(match &config.source {
-            Source::Directory(_) => Places::Manifests,
-            Source::Kubernetes(_) => Places::Processes(Processes::new(&config.host_proc)),
-        }),
+        places: places.clone(),
         events,
     });
     let pods = enrollment.statuses();
@@ -157,22 +147,28 @@ async fn node(config: config::Node, log: logging::LogLevel) -> anyhow::Result<En
     let orders = enrollment.orders();
     enrollment.adopt(taken.pods);
     let enrolling = tokio::spawn(enrollment.run());
+    serving.extend(starting::serve_starting_pods(&config, &sources, places, pods.clone(), &readiness).await?);
 
     let admin = Arc::new(AdminState {
         node: config.node_name.clone(),
+        // Not a setting: it is what the pod is called.
+        pod: pod_name,
         started,
         certificate_authority: authority_in_words(&config.ca),
         snapshot: sources.snapshot.clone(),
         problems: sources.problems.clone(),
-        certificates: Box::new(move || certificates.list()),
-        pods: Box::new(move || pods.load().to_vec()),
+        certificates: {
+            let certificates = certificates.clone();
+            Box::new(move || certificates.list())
+        },
+        pods: Box::new(move || pods.borrow().to_vec()),
         connections: Box::new(proxy.lister()),
         kernel: {
             let redirect = redirect.clone();
             Box::new(move || redirect.counters().unwrap_or_default())
         },
         readiness: readiness.clone(),
-        log,
+        log: log.clone(),
     });
     let facts = admin.clone();
     telemetry.metrics.watch_node(move || facts.node_facts());
@@ -180,6 +176,30 @@ async fn node(config: config::Node, log: logging::LogLevel) -> anyhow::Result<En
     serving.push(tokio::spawn(serve_metrics(metrics_listener, telemetry.metrics.clone())).abort_handle());
     tokio::spawn(sweep(telemetry.clone(), sources.clone(), redirect.clone()));
     tokio::spawn(log_problems(sources.clone()));
+    let present = Arc::new(ArcSwap::from_pointee(config.clone()));
+    tokio::spawn(follow_probes(redirect.clone(), present.clone()));
+    if let Source::Kubernetes(kubernetes) = &config.source {
+        let (telemetry, settings_to) = (telemetry.clone(), sources.settings.clone());
+        let follower = Follower {
+            server: ApiServer::connect(kubernetes.kubeconfig.as_deref(), None).await?,
+            namespace: kubernetes.namespace.clone(),
+            live,
+            node: present.clone(),
+            apply: Box::new(move |node, problems| {
+                if log.get() != node.logging.filter
+                    && let Err(e) = log.set(&node.logging.filter)
+                {
+                    tracing::error!("{e}");
+                }
+                telemetry.access_log.set(node.access_log);
+                certificates.set_lifetime(node.cert_lifetime);
+                if let Some(to) = &settings_to {
+                    to.set(settings(node), problems);
+                }
+            }),
+        };
+        tokio::spawn(follower.run());
+    }
 
     tokio::select! {
         // A pod that cannot be taken in does not hold up the others: it stays closed, and is reported.
@@ -188,8 +208,6 @@ async fn node(config: config::Node, log: logging::LogLevel) -> anyhow::Result<En
     }
     drop(starting);
     tracing::info!(node = config.node_name, after = ?started.elapsed(), "ready");
-    let pod = config.pod_dir;
-    pod.iter().try_for_each(|pod| pod.set_ready(true))?;
     let giver = Giver {
         node: config.node_name,
         orders,
@@ -207,25 +225,24 @@ async fn node(config: config::Node, log: logging::LogLevel) -> anyhow::Result<En
             true => {
                 tracing::info!(signal = stop.name(), "an agent prepares to take over, and is waited for");
                 let given = tokio::select! {
-                    given = tokio::time::timeout(config.drain_timeout, successor.prepared()) => given.ok().flatten(),
+                    given = tokio::time::timeout(present.load().drain_timeout, successor.prepared()) => given.ok().flatten(),
                     _ = signals.recv() => None,
                 };
                 (stop.name(), given)
             }
         },
     };
-    pod.iter().try_for_each(|pod| pod.set_ready(false))?;
     match given {
         Some(Given::Handed { pid, version, connections }) => {
             tracing::info!("handed over to agent PID {pid} ({version}); {connections} connections drain");
-            pod.iter().try_for_each(|pod| pod.set_handed_over(true))?;
-            let asked = drained(&mut signals, enrolling, proxy, config.drain_timeout).await;
-            Ok(if pod.is_some() && !asked { End::StandBy } else { End::Done })
+            turn.is_over()?;
+            let asked = drained(&mut signals, enrolling, proxy, present.load().upgrade_drain).await;
+            turn.end(asked).context("cannot start anew to stand by")
         }
         Some(Given::Leave { .. }) | None => tokio::select! {
-            done = stopped(why, enrolling, proxy, config.drain_timeout) => done,
+            done = stopped(why, enrolling, proxy, present.load().drain_timeout) => done,
             // The second signal.
-            _ = signals.recv() => Ok(End::Done),
+            _ = signals.recv() => Ok(()),
         },
     }
 }
@@ -265,105 +282,13 @@ async fn stopped(
     enrolling: tokio::task::JoinHandle<()>,
     proxy: Arc<Proxy>,
     patience: Duration,
-) -> anyhow::Result<End> {
+) -> anyhow::Result<()> {
     tracing::info!(why, ?patience, "draining");
     enrolling.abort();
     // Its clone of the proxy, inside `events`, goes with it.
     let _ = enrolling.await;
     proxy.drain(patience).await;
-    Ok(End::Done)
-}
-
-/// `mesh-agent controller`: the CA of a mesh, until a signal ends it.
-pub fn run_controller(config: config::Controller) -> anyhow::Result<()> {
-    logging::init(&config.logging.filter, config.logging.format).map_err(|e| anyhow!(e))?;
-    identity::install_provider();
-    control_runtime()?.block_on(async {
-        let mut signals = Signals::new().context("cannot wait for signals")?;
-        let ca = open_ca(&config)?;
-        let tokens = Arc::new(JoinTokens::open(&config.state_dir)?);
-        let mut settings = Settings::new(config.trust_domain.clone());
-        settings.istio_labels = config.istio_labels;
-        let last_good = Some(config.state_dir.join("last-good-controller.json"));
-        let sources = match &config.source {
-            Source::Directory(directory) => {
-                discovery::start(discovery::Options { last_good, ..discovery::Options::new(directory, settings) })?
-            }
-            Source::Kubernetes(kubernetes) => {
-                let server = ApiServer::connect(kubernetes.kubeconfig.as_deref(), None).await?;
-                discovery::start_kubernetes(&server, settings).await?
-            }
-        };
-        tokio::spawn(log_problems(sources.clone()));
-        let listener = identity::bind(config.listen).await?;
-        let snapshot = sources.snapshot.clone();
-        let runs_on = Arc::new(move |node: &str, identity: &SpiffeId| {
-            snapshot.load().workloads().any(|w| w.is_on(node) && w.identity == *identity)
-        });
-        tokio::spawn(take_requests(ca.clone(), config.state_dir.join(ROTATE_ROOT)));
-        tracing::info!(listen = %config.listen, trust_domain = %config.trust_domain, "the CA is ready");
-        let options = CaServerOptions { listener, names: config.sans, ca, tokens, runs_on, poll: ROOTS_POLL };
-        identity::serve(options, async {
-            signals.recv().await;
-        })
-        .await?;
-        Ok(())
-    })
-}
-
-/// `mesh-agent controller token`: a join token for the node `node`, good for `ttl`.
-pub fn join_token(config: config::Controller, node: &str, ttl: Duration) -> anyhow::Result<String> {
-    let tokens = JoinTokens::open(&config.state_dir)?;
-    let roots = trusted_roots(&ca_options(&config))?;
-    Ok(tokens.issue(node, roots.fingerprints(), SystemTime::now() + ttl)?)
-}
-
-/// `mesh-agent controller revoke-token`: what was done, a sentence.
-pub fn revoke_token(config: &config::Controller, token_or_id: &str) -> anyhow::Result<String> {
-    let id = JoinTokens::existing(&config.state_dir)?.revoke(token_or_id)?;
-    Ok(format!("join token {id} is revoked; certificates that were signed with it are good until they expire"))
-}
-
-/// `mesh-agent controller rotate-root`: what was done, a sentence.
-pub fn rotate_root(config: config::Controller) -> anyhow::Result<String> {
-    // It alone may change its CA, and knows which nodes must learn the new root first: signed too soon, they would trust
-    // nobody.
-    if !Ca::is_running(&ca_options(&config).state_dir)? {
-        return Err(CaError::NoController(config.state_dir).into());
-    }
-    ask_controller(&config.state_dir.join(ROTATE_ROOT))
-}
-
-/// Leaves a request in the state directory of the controller that runs, and waits until it has taken it.
-fn ask_controller(request: &Path) -> anyhow::Result<String> {
-    std::fs::write(request, "").with_context(|| format!("cannot write {}", request.display()))?;
-    let deadline = Instant::now() + REQUEST_POLL * 10;
-    while request.exists() {
-        if Instant::now() > deadline {
-            let _ = std::fs::remove_file(request);
-            return Err(anyhow!("the controller that holds {} does not answer; see its log", request.display()));
-        }
-        std::thread::sleep(REQUEST_POLL / 10);
-    }
-    Ok("the controller has announced a new root; see its log. It signs when all nodes trust it".to_owned())
-}
-
-/// Takes requests that `rotate-root` leaves.
-async fn take_requests(ca: Arc<Ca>, request: PathBuf) {
-    let mut tick = tokio::time::interval(REQUEST_POLL);
-    loop {
-        tick.tick().await;
-        if request.exists() {
-            match ca.rotate_root() {
-                Ok(root) => tracing::info!(root, "a new root is announced"),
-                Err(e) => tracing::error!("cannot change the root: {e}"),
-            }
-            if let Err(e) = std::fs::remove_file(&request) {
-                tracing::error!("cannot remove {}: {e}", request.display());
-                return;
-            }
-        }
-    }
+    Ok(())
 }
 
 fn control_runtime() -> anyhow::Result<tokio::runtime::Runtime> {
@@ -383,6 +308,7 @@ fn settings(config: &config::Node) -> Settings {
         root_namespace: config.root_namespace.as_str().into(),
         istio_labels: config.istio_labels,
         outbound: config.outbound_policy,
+        node: Some(config.node_name.as_str().into()),
         standalone_node: standalone.then(|| config.node_name.as_str().into()),
         endpoints_from_pods: standalone,
         ..Settings::new(config.trust_domain.clone())
@@ -399,132 +325,4 @@ async fn sources(config: &config::Node, last_good: Option<PathBuf>) -> anyhow::R
             discovery::start_kubernetes(&server, settings(config)).await?
         }
     })
-}
-
-async fn certificates(config: &config::Node) -> anyhow::Result<Certificates> {
-    let options = CertificateOptions {
-        trust_domains: vec![config.trust_domain.clone()],
-        lifetime: config.cert_lifetime,
-        clock: Clock::system(),
-    };
-    match &config.ca {
-        CertificateAuthority::Embedded => {
-            let state = config.state_dir.join("ca");
-            let ca = CaOptions { lifetime: config.cert_lifetime, ..CaOptions::new(state, config.trust_domain.clone()) };
-            Ok(Certificates::embedded(Ca::open(ca)?, options))
-        }
-        CertificateAuthority::Remote { addresses, token } => {
-            let credential = match token {
-                Token::Join(file) => Credential::Join { token: read_token(file)?, node: config.node_name.clone() },
-                Token::ServiceAccount(file) => Credential::ServiceAccount {
-                    token_file: file.clone(),
-                    roots_pem: trust_bundle(&config.source).await?,
-                },
-            };
-            let client = CaClient::new(CaClientOptions {
-                addresses: addresses.clone(),
-                credential,
-                state_dir: config.state_dir.join("identity"),
-                deadline: CA_DEADLINE,
-            })?;
-            Ok(Certificates::remote(client, options))
-        }
-    }
-}
-
-/// The roots as the controller has written them into the mesh's namespace; waits for them.
-async fn trust_bundle(source: &Source) -> anyhow::Result<String> {
-    let Source::Kubernetes(kubernetes) = source else {
-        return Err(anyhow!("--ca-token-file is for Kubernetes: give --source kubernetes, or --join-token-file"));
-    };
-    let server = ApiServer::connect(kubernetes.kubeconfig.as_deref(), None).await?;
-    let mut said = String::new();
-    loop {
-        let found = server.get(&Kind::CONFIG_MAP, &kubernetes.namespace, CA_ROOT).await;
-        let hindrance = match found {
-            Ok(map) => match map.as_ref().and_then(|m| m["data"][CA_ROOT_KEY].as_str()) {
-                Some(roots) if !roots.is_empty() => return Ok(roots.to_owned()),
-                _ => format!(
-                    "the controller has not written ConfigMap {}/{CA_ROOT} yet: see its log",
-                    kubernetes.namespace
-                ),
-            },
-            Err(e) => e.to_string(),
-        };
-        if said != hindrance {
-            tracing::warn!("no certificate can be asked for: {hindrance}; it is tried again each second");
-            said = hindrance;
-        }
-        tokio::time::sleep(BUNDLE_RETRY).await;
-    }
-}
-
-fn read_token(path: &Path) -> anyhow::Result<String> {
-    let text = std::fs::read_to_string(path).with_context(|| {
-        format!("cannot read the join token {}; make one with `mesh-agent controller token`", path.display())
-    })?;
-    Ok(text.trim().to_owned())
-}
-
-fn authority_in_words(ca: &CertificateAuthority) -> String {
-    match ca {
-        CertificateAuthority::Embedded => "embedded".to_owned(),
-        CertificateAuthority::Remote { addresses, .. } => addresses.join(", "),
-    }
-}
-
-fn ca_options(config: &config::Controller) -> CaOptions {
-    let state = config.state_dir.join("ca");
-    let trust_domain: TrustDomain = config.trust_domain.clone();
-    CaOptions {
-        brought: config.ca_dir.clone(),
-        lifetime: config.cert_lifetime,
-        announce: ROOTS_POLL * 4,
-        ..CaOptions::new(state, trust_domain)
-    }
-}
-
-fn open_ca(config: &config::Controller) -> anyhow::Result<Arc<Ca>> {
-    Ok(Ca::open(ca_options(config))?)
-}
-
-async fn sweep(telemetry: Arc<Telemetry>, sources: Sources, redirect: Arc<Redirect>) {
-    let mut tick = tokio::time::interval(SWEEP);
-    loop {
-        tick.tick().await;
-        telemetry.metrics.sweep(&sources.snapshot.load(), Instant::now());
-        if let Err(e) = redirect.sweep() {
-            tracing::warn!("cannot sweep the kernel's maps: {e}");
-        }
-    }
-}
-
-/// Each Problem once, when it appears, and once when it has gone.
-async fn log_problems(mut sources: Sources) {
-    let mut known = Vec::new();
-    loop {
-        let now = sources.problems.borrow_and_update().clone();
-        for problem in now.iter().filter(|p| !known.contains(*p)) {
-            tracing::warn!(severity = ?problem.severity, "{problem}");
-        }
-        for problem in known.iter().filter(|p| !now.contains(p)) {
-            tracing::info!("resolved: {problem}");
-        }
-        known = now.to_vec();
-        if sources.problems.changed().await.is_err() {
-            return;
-        }
-    }
-}
-
-/// Two descriptors a connection, and one a tunnel: the usual 1024 are nothing.
-fn raise_file_limit() {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let limit = getrlimit(Resource::Nofile);
-    let most = limit.maximum;
-    if setrlimit(Resource::Nofile, Rlimit { current: Some(1 << 20), maximum: Some(1 << 20) }).is_err()
-        && setrlimit(Resource::Nofile, Rlimit { current: most, maximum: most }).is_err()
-    {
-        tracing::warn!("the limit of open files cannot be raised; it stays at {:?}", limit.current);
-    }
 }

@@ -10,8 +10,10 @@ pub mod model;
 pub mod translate;
 
 // Who is in the mesh.
+pub mod cni;
 pub mod enrollment;
 pub mod handover;
+pub mod pod_status;
 pub mod redirect;
 
 // The data path.
@@ -21,6 +23,7 @@ pub mod proxy;
 pub mod admin;
 pub mod api_server;
 pub mod cli;
+pub mod controller;
 pub mod identity;
 pub mod lifecycle;
 pub mod telemetry;

@@ -12,7 +12,7 @@ mod settings;
 pub use addr::{Addr, Ip, SockTuple};
 pub use maps::{
     ATTESTED_ENTRIES, ATTESTED_TTL_NANOS, Attested, COUNTERS, ENROLLED_ENTRIES, Event, ORIG_DST_ENTRIES,
-    POD_ADDRS_ENTRIES, PodEntry, SCHEMA, SocketDst, map, slot,
+    POD_ADDRS_ENTRIES, PROBE_CGROUPS_ENTRIES, PodEntry, SCHEMA, SocketDst, map, slot,
 };
 pub use settings::{
     HBONE_PORT, MESH_V6_PREFIX, MESH_V6_PREFIX_LEN, OUTBOUND_PORT, PLAIN_PORT, SPREAD_V4, SPREAD_V4_MASK, global,

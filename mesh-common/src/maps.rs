@@ -24,7 +24,9 @@ pub mod map {
     pub const SOCKET_DST: &str = "SOCKET_DST";
     /// Socket storage: present on the agent's own sockets.
     pub const OWN: &str = "OWN";
-    /// Socket storage: present on sockets of the probe cgroup.
+    /// Id of a cgroup whose connections from the node's own network are probes -> 1.
+    pub const PROBE_CGROUPS: &str = "PROBE_CGROUPS";
+    /// Socket storage: present on sockets of a probe cgroup.
     pub const PROBE_SOCK: &str = "PROBE_SOCK";
     /// pod index * 2 + slot -> listening socket in the pod's netns.
     pub const LISTENERS: &str = "LISTENERS";
@@ -33,9 +35,12 @@ pub mod map {
     /// Ring buffer of aya-log.
     pub const LOGS: &str = "AYA_LOGS";
 
-    pub const ALL: [&str; 10] =
-        [ENROLLED, POD_ADDRS, ORIG_DST, ATTESTED, SOCKET_DST, OWN, PROBE_SOCK, LISTENERS, COUNTS, LOGS];
+    pub const ALL: [&str; 11] =
+        [ENROLLED, POD_ADDRS, ORIG_DST, ATTESTED, SOCKET_DST, OWN, PROBE_CGROUPS, PROBE_SOCK, LISTENERS, COUNTS, LOGS];
 }
+
+/// One kubelet, and one more while it is replaced by another.
+pub const PROBE_CGROUPS_ENTRIES: u32 = 16;
 
 /// Enrolled pods of one node.
 pub const ENROLLED_ENTRIES: u32 = 4096;

@@ -24,8 +24,6 @@ pub mod global {
     pub const POD_INDEX: &str = "POD_INDEX";
     /// u64: netns cookie of the node.
     pub const NODE_NETNS: &str = "NODE_NETNS";
-    /// u64: id of the cgroup whose connections are probes; 0: none.
-    pub const PROBE_CGROUP: &str = "PROBE_CGROUP";
     /// u8: aya-log's level; 0: no output, and the verifier removes the code.
     pub const LOG_LEVEL: &str = "AYA_LOG_LEVEL";
 }

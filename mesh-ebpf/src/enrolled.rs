@@ -7,7 +7,7 @@ use aya_ebpf::helpers::generated::{bpf_get_current_ancestor_cgroup_id, bpf_get_n
 use mesh_common::{Ip, PodEntry};
 
 use crate::context::storage;
-use crate::maps::{ENROLLED, NODE_NETNS, OWN, POD_ADDRS, PROBE_CGROUP};
+use crate::maps::{ENROLLED, NODE_NETNS, OWN, POD_ADDRS, PROBE_CGROUPS};
 
 /// Deeper cgroups than this are not recognised as probes: their connections go through the agent.
 const CGROUP_DEPTH: i32 = 16;
@@ -40,19 +40,20 @@ pub fn is_address_of(pod_index: u32, ip: &Ip) -> bool {
     unsafe { POD_ADDRS.get(ip) }.is_some_and(|index| *index == pod_index)
 }
 
-/// A connection from the node's own netns, by a process of the probe cgroup (or of one below), to a pod's address: the
+/// A connection from the node's own netns, by a process of a probe cgroup (or of one below), to a pod's address: the
 /// pod's index. The cgroup is asked for at `connect`, in the process that calls; sockops has no such helper on 6.1.
 #[inline(always)]
 pub fn probed_pod(netns: u64, ip: &Ip) -> Option<u32> {
-    let wanted = PROBE_CGROUP.load();
-    if wanted == 0 || netns != NODE_NETNS.load() {
+    if netns != NODE_NETNS.load() {
         return None;
     }
     // SAFETY: as in `pod`.
     let index = unsafe { POD_ADDRS.get(ip) }?;
     for level in 0..CGROUP_DEPTH {
         // SAFETY: a plain helper.
-        if unsafe { bpf_get_current_ancestor_cgroup_id(level) } == wanted {
+        let cgroup = unsafe { bpf_get_current_ancestor_cgroup_id(level) };
+        // SAFETY: as in `pod`.
+        if unsafe { PROBE_CGROUPS.get(&cgroup) }.is_some() {
             return Some(*index);
         }
     }

@@ -6,7 +6,7 @@ use aya_ebpf::btf_maps::{HashMap, PerCpuArray, SkStorage, SockMap};
 use aya_ebpf::macros::btf_map;
 use mesh_common::{
     ATTESTED_ENTRIES, Addr, Attested, COUNTERS, ENROLLED_ENTRIES, Event, Ip, ORIG_DST_ENTRIES, POD_ADDRS_ENTRIES,
-    PodEntry, SockTuple, SocketDst, slot,
+    PROBE_CGROUPS_ENTRIES, PodEntry, SockTuple, SocketDst, slot,
 };
 
 const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
@@ -33,6 +33,10 @@ pub static SOCKET_DST: SkStorage<SocketDst> = SkStorage::new();
 #[btf_map]
 pub static OWN: SkStorage<u32> = SkStorage::new();
 
+/// Written by the agent only. A map and not a global: the cgroup is another when kubelet has been restarted.
+#[btf_map]
+pub static PROBE_CGROUPS: HashMap<u64, u32, { PROBE_CGROUPS_ENTRIES as usize }, NO_PREALLOC> = HashMap::new();
+
 /// Pod index of a probe's target.
 #[btf_map]
 pub static PROBE_SOCK: SkStorage<u32> = SkStorage::new();
@@ -47,8 +51,6 @@ static COUNTS: PerCpuArray<u64, { COUNTERS.len() }> = PerCpuArray::new();
 pub static POD_INDEX: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
 pub static NODE_NETNS: Global<u64> = Global::new(0);
-#[unsafe(no_mangle)]
-pub static PROBE_CGROUP: Global<u64> = Global::new(0);
 
 #[inline(always)]
 pub fn count(event: Event) {

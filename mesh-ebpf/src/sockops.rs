@@ -14,7 +14,7 @@ use mesh_common::{Addr, Attested, Event, Ip, SockTuple, SocketDst};
 
 use crate::context::{field, field_ip6, storage};
 use crate::enrolled;
-use crate::maps::{ATTESTED, NODE_NETNS, ORIG_DST, PROBE_CGROUP, PROBE_SOCK, SOCKET_DST, count};
+use crate::maps::{ATTESTED, NODE_NETNS, ORIG_DST, PROBE_SOCK, SOCKET_DST, count};
 
 const AF_INET6: u32 = 10;
 
@@ -40,7 +40,7 @@ fn connecting(ctx: *mut bpf_sock_ops) {
             Some(known) => remember_destination(ctx, known, netns),
             None => attest_agent(ctx, sk, pod.index),
         }
-    } else if PROBE_CGROUP.load() != 0 && netns == NODE_NETNS.load() {
+    } else if netns == NODE_NETNS.load() {
         attest_probe(ctx);
     }
 }

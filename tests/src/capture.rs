@@ -3,12 +3,13 @@
 use std::collections::HashMap;
 use std::fs;
 use std::net::{IpAddr, UdpSocket};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rustix::process::Signal;
 
 use crate::mesh::{Mesh, fresh_log};
+use crate::netns::Netns;
 use crate::process::Process;
 use crate::wait::eventually;
 
@@ -35,22 +36,26 @@ pub struct Recording {
 }
 
 /// TCP_PORT of no service: the datagram that marks the end of a capture goes to discard.
-const DISCARD: u16 = 9;
+pub(crate) const DISCARD: u16 = 9;
 const END_MARK: &[u8] = b"nodemesh: the capture ends here";
 
 impl Capture {
     pub(crate) fn start(mesh: &Mesh, node: &str) -> Self {
-        let log = fresh_log(&mesh.logs(), "tcpdump");
-        let file = log.with_extension("pcap");
-        let mut command = mesh.fabric().command("tcpdump");
-        // -Z root: Debian's tcpdump otherwise drops to a user that may not write into our folder.
-        command
-            .args(["-i", node, "-n", "-U", "-s", "0", "--immediate-mode", "-B", "16384", "-Z", "root", "-w"])
-            .arg(&file);
-        let mut tcpdump = Process::start("tcpdump", command, &log);
-        tcpdump.wait_for("listening on", Duration::from_secs(10));
         let sender = mesh.get_node(node).netns().run(|| UdpSocket::bind(("0.0.0.0", 0)).expect("a UDP socket"));
         sender.connect((mesh.control_v4(), DISCARD)).expect("a UDP socket connects to anything");
+        Self::on(mesh.fabric(), node, &fresh_log(&mesh.logs(), "tcpdump"), sender)
+    }
+
+    /// Of what passes `interface` of `netns`; what `sender` sends must pass there too.
+    pub(crate) fn on(netns: &Netns, interface: &str, log: &Path, sender: UdpSocket) -> Self {
+        let file = log.with_extension("pcap");
+        let mut command = netns.command("tcpdump");
+        // -Z root: Debian's tcpdump otherwise drops to a user that may not write into our folder.
+        command
+            .args(["-i", interface, "-n", "-U", "-s", "0", "--immediate-mode", "-B", "16384", "-Z", "root", "-w"])
+            .arg(&file);
+        let mut tcpdump = Process::start("tcpdump", command, log);
+        tcpdump.wait_for("listening on", Duration::from_secs(10));
         Self { tcpdump, file, sender }
     }
 

@@ -20,6 +20,8 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 pub struct Netns {
     name: String,
     file: Arc<File>,
+    /// Somebody else's is not deleted.
+    ours: bool,
 }
 
 impl Netns {
@@ -28,12 +30,19 @@ impl Netns {
         ip(None, &[&format!("netns add {name}")]);
         let path = format!("/run/netns/{name}");
         let file = File::open(&path).unwrap_or_else(|e| panic!("cannot open {path}: {e}"));
-        let netns = Self { name: name.to_owned(), file: Arc::new(file) };
+        let netns = Self { name: name.to_owned(), file: Arc::new(file), ours: true };
         // Duplicate address detection would keep a fresh address unusable for a second.
         netns.sysctl("net.ipv6.conf.all.accept_dad", "0");
         netns.sysctl("net.ipv6.conf.default.accept_dad", "0");
         netns.ip(&["link set lo up"]);
         netns
+    }
+
+    /// One that is there, such as a node's of a cluster; it stays.
+    pub fn open(name: &str) -> Self {
+        let path = format!("/run/netns/{name}");
+        let file = File::open(&path).unwrap_or_else(|e| panic!("cannot open {path}: {e}"));
+        Self { name: name.to_owned(), file: Arc::new(file), ours: false }
     }
 
     pub fn name(&self) -> &str {
@@ -101,7 +110,9 @@ impl Netns {
 
 impl Drop for Netns {
     fn drop(&mut self) {
-        delete(&self.name);
+        if self.ours {
+            delete(&self.name);
+        }
     }
 }
 

@@ -116,6 +116,16 @@ pub fn meshed_only<T>(cases: &'static [Case<T>]) -> &'static [Case<T>] {
 
 /// The cases of one file. `build` makes the mesh when the first case runs.
 pub fn run<T: Send + Sync + 'static>(build: fn() -> T, world: fn(&T) -> &World, cases: &[Case<T>]) -> ExitCode {
+    run_shared(build, move |built| world(built).revive(), move |built| world(built).logs(), cases)
+}
+
+/// The same for whatever cases share: `before` each, and the logs (name, text) to show when one fails.
+pub fn run_shared<T: Send + Sync + 'static>(
+    build: fn() -> T,
+    before: impl Fn(&T) + Copy + Send + 'static,
+    logs: impl Fn(&T) -> Vec<(String, String)> + Copy + Send + 'static,
+    cases: &[Case<T>],
+) -> ExitCode {
     let mut arguments = Arguments::from_args();
     // Cases of one file share pods and policies, and two cores.
     arguments.test_threads = arguments.test_threads.or(Some(1));
@@ -124,11 +134,11 @@ pub fn run<T: Send + Sync + 'static>(build: fn() -> T, world: fn(&T) -> &World, 
         let shared = Arc::clone(&shared);
         Trial::test(name, move || {
             let built = shared_mesh(&shared, build)?;
-            world(&built).revive();
-            let before = world(&built).logs();
+            before(&built);
+            let seen = logs(&built);
             // The panic's message and place have been printed by the time it is caught.
             catch_unwind(AssertUnwindSafe(|| case(&built))).map_err(|panic| {
-                show_logs(&before, &world(&built).logs());
+                show_logs(&seen, &logs(&built));
                 Failed::from(message(&*panic))
             })
         })

@@ -2,9 +2,11 @@
 
 mod bench;
 mod build;
+mod chart;
 mod cluster;
 mod demo;
 mod fuzz;
+mod image;
 mod lint;
 mod run;
 mod setup;
@@ -29,9 +31,9 @@ enum Chore {
     Setup,
     /// Build the release binaries, kernel programs included
     Build,
-    /// Run the tests, all rings or one (the rings kernel and mesh need root)
+    /// Run the tests, all rings or one (the rings kernel, mesh and cluster need root)
     Test {
-        /// lint, unit, kernel or mesh; all of them without it
+        /// lint, unit, kernel, mesh or cluster; all of them without it
         ring: Option<test::Ring>,
         /// Only tests whose name holds this
         filter: Option<String>,
@@ -51,9 +53,16 @@ enum Chore {
         /// Leave it running and print the commands to play with it
         #[arg(long)]
         keep: bool,
+        /// In a real Kubernetes of two nodes, which it starts here, as a user would install it
+        #[arg(long)]
+        kubernetes: bool,
     },
     /// A real Kubernetes of two nodes on this machine (needs root)
     Cluster(cluster::Arguments),
+    /// Check the Helm chart with Helm, built once
+    Chart,
+    /// Pack the programs into an image as an OCI archive, with its bill of materials beside it
+    Image(image::Arguments),
     /// Remove what killed test runs and demos left behind
     Sweep,
 }
@@ -66,8 +75,10 @@ fn main() -> ExitCode {
         Chore::Lint => lint::run(),
         Chore::Fuzz { seconds } => fuzz::run(Duration::from_secs(seconds)),
         Chore::Bench(arguments) => bench::run(&arguments),
-        Chore::Demo { keep } => demo::run(keep),
+        Chore::Demo { keep, kubernetes } => demo::run(keep, kubernetes),
         Chore::Cluster(arguments) => cluster::run(&arguments),
+        Chore::Chart => chart::run(),
+        Chore::Image(arguments) => image::run(&arguments),
         Chore::Sweep => {
             sweep();
             Ok(())

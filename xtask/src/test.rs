@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use clap::ValueEnum;
 
+use crate::cluster::stage::Stage;
 use crate::run::{Tally, cargo, is_root, root, tests, timed};
 use crate::{build, lint, setup};
 
@@ -20,10 +21,12 @@ pub enum Ring {
     Kernel,
     /// Two nodes, five pods, real traffic (root)
     Mesh,
+    /// A real Kubernetes of two nodes, and the mesh installed in it (root)
+    Cluster,
 }
 
 impl Ring {
-    const ALL: [Self; 4] = [Self::Lint, Self::Unit, Self::Kernel, Self::Mesh];
+    const ALL: [Self; 5] = [Self::Lint, Self::Unit, Self::Kernel, Self::Mesh, Self::Cluster];
 
     fn name(self) -> &'static str {
         match self {
@@ -31,11 +34,12 @@ impl Ring {
             Self::Unit => "unit",
             Self::Kernel => "kernel",
             Self::Mesh => "mesh",
+            Self::Cluster => "cluster",
         }
     }
 
     fn needs_root(self) -> bool {
-        matches!(self, Self::Kernel | Self::Mesh)
+        matches!(self, Self::Kernel | Self::Mesh | Self::Cluster)
     }
 }
 
@@ -44,7 +48,9 @@ pub fn run(ring: Option<Ring>, filter: Option<&str>) -> Result<()> {
     let start = Instant::now();
     if rings.iter().any(|ring| ring.needs_root()) {
         if !is_root() {
-            bail!("the rings kernel and mesh make network namespaces: run as root, or `cargo xtask test unit`");
+            bail!(
+                "the rings kernel, mesh and cluster make network namespaces: run as root, or `cargo xtask test unit`"
+            );
         }
         setup::check()?;
         crate::sweep();
@@ -77,19 +83,26 @@ fn one(ring: Ring, filter: Option<&str>) -> Result<Tally> {
                 args.extend(["--test", file]);
             }
             let mut command = with_filter(&args, filter);
-            for (variable, name) in [("NODEMESH_AGENT", "mesh-agent"), ("NODEMESH_MESHCTL", "meshctl")] {
-                // What was just built, even where a newer debug build lies beside it; unless the user names one.
-                if std::env::var_os(variable).is_none() {
-                    command.env(variable, build_folder().join("release").join(name));
-                }
-            }
+            name_programs(&mut command);
             tests("mesh tests", command)
+        }
+        Ring::Cluster => {
+            let stage = Stage::for_tests()?;
+            let mut command = with_filter(&["test", "--package", "mesh-tests", "--test", "cluster"], filter);
+            name_programs(&mut command);
+            command.env("NODEMESH_CLUSTER", stage.folder());
+            tests("cluster tests", command)
         }
     }
 }
 
-fn build_folder() -> std::path::PathBuf {
-    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), Into::into)
+/// What was just built, even where a newer debug build lies beside it; unless the user names one.
+fn name_programs(command: &mut std::process::Command) {
+    for (variable, name) in [("NODEMESH_AGENT", "mesh-agent"), ("NODEMESH_MESHCTL", "meshctl")] {
+        if std::env::var_os(variable).is_none() {
+            command.env(variable, build::folder().join("release").join(name));
+        }
+    }
 }
 
 fn with_filter(args: &[&str], filter: Option<&str>) -> std::process::Command {
@@ -98,13 +111,13 @@ fn with_filter(args: &[&str], filter: Option<&str>) -> std::process::Command {
     command
 }
 
-/// The files of the mesh ring: all in tests/tests but the kernel's.
+/// The files of the mesh ring: all in tests/tests but the kernel's and the cluster's.
 fn mesh_files() -> Result<Vec<String>> {
     let folder = root().join("tests/tests");
     let entries = fs::read_dir(&folder).with_context(|| format!("cannot list {}", folder.display()))?;
     let names =
         entries.flatten().filter_map(|entry| entry.file_name().to_str()?.strip_suffix(".rs").map(str::to_owned));
-    let mut names: Vec<String> = names.filter(|name| name != "kernel").collect();
+    let mut names: Vec<String> = names.filter(|name| name != "kernel" && name != "cluster").collect();
     names.sort();
     Ok(names)
 }

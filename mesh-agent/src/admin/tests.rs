@@ -62,6 +62,7 @@ fn mesh() -> Snapshot {
 
 fn pod(name: &str, problem: Option<&str>) -> PodStatus {
     PodStatus {
+        netns: None,
         uid: format!("shop/{name}-1"),
         namespace: "shop".to_owned(),
         name: format!("{name}-1"),
@@ -81,6 +82,7 @@ fn state(readiness: Readiness) -> AdminState {
     Box::leak(Box::new(layer));
     AdminState {
         node: "a".to_owned(),
+        pod: None,
         started: Instant::now(),
         certificate_authority: "embedded".to_owned(),
         snapshot: Arc::new(ArcSwap::from_pointee(mesh())),

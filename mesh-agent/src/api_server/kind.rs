@@ -37,6 +37,7 @@ kinds! {
     CONFIG_MAP = "" "v1" "configmaps" "ConfigMap" true;
     SECRET = "" "v1" "secrets" "Secret" true;
     EVENT = "" "v1" "events" "Event" true;
+    RUNTIME_CLASS = "node.k8s.io" "v1" "runtimeclasses" "RuntimeClass" false;
     ENDPOINT_SLICE = "discovery.k8s.io" "v1" "endpointslices" "EndpointSlice" true;
     DAEMON_SET = "apps" "v1" "daemonsets" "DaemonSet" true;
     DEPLOYMENT = "apps" "v1" "deployments" "Deployment" true;

@@ -5,16 +5,13 @@ use std::io::Write;
 
 use super::args::{Wish, parse};
 use super::cleanup::cleanup;
-use super::exit::Failure;
 use crate::app;
 use crate::config::Machine;
 
 pub(super) fn run(args: impl IntoIterator<Item = OsString>) -> anyhow::Result<()> {
     match parse(args, |name| std::env::var(name).ok(), &Machine::here())? {
         Wish::Show(text) => Ok(write!(std::io::stdout(), "{text}")?),
-        Wish::Node(config) => app::run_node(*config),
-        Wish::IsReady(dir) if dir.is_ready() => Ok(()),
-        Wish::IsReady(_) => Err(Failure::unavailable("the agent of this pod is not ready; see its log").into()),
+        Wish::Node(config, live) => app::run_node(*config, *live),
         Wish::Cleanup(config) => cleanup(&config, &mut std::io::stdout()),
         Wish::Controller(config) => app::run_controller(config),
         Wish::Token { controller, node, ttl } => {

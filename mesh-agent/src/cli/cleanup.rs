@@ -5,13 +5,14 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use super::exit::Failure;
+use crate::cni;
 use crate::config::Cleanup;
 use crate::enrollment;
 use crate::redirect::{Options, Redirect};
 
 /// Says on `out` what was removed, a line each.
 pub(super) fn cleanup(config: &Cleanup, out: &mut impl Write) -> anyhow::Result<()> {
-    let Cleanup { node_name, bpffs, cgroup, admin_socket, logging: _ } = config;
+    let Cleanup { node_name, bpffs, cgroup, admin_socket, state_dir, cni, logging: _ } = config;
     // Under a running agent it would open a hole: its pods' traffic would go on past the mesh, in plaintext.
     if UnixStream::connect(admin_socket).is_ok() {
         return Err(Failure::unavailable(format!(
@@ -24,13 +25,21 @@ pub(super) fn cleanup(config: &Cleanup, out: &mut impl Write) -> anyhow::Result<
     let mut restored = Vec::new();
     let mut removed = Redirect::cleanup_with(&options, |pods| restored = enrollment::restore_all(pods))?;
     removed.append(&mut restored);
+    if let Some(cni) = cni {
+        removed.append(&mut cni::uninstall(&cni.conf_dir, &cni.bin_dir)?);
+        for file in [&cni.socket, &state_dir.join(cni::MEMBERS_FILE)] {
+            if std::fs::remove_file(file).is_ok() {
+                removed.push(format!("removed {}", file.display()));
+            }
+        }
+    }
     for line in &removed {
         writeln!(out, "{line}")?;
     }
     if std::fs::remove_file(admin_socket).is_ok() {
         writeln!(out, "removed {}", admin_socket.display())?;
     } else if removed.is_empty() {
-        writeln!(out, "nothing of node {node_name} is left in the kernel")?;
+        writeln!(out, "nothing of node {node_name} is left")?;
     }
     // The agent mounts it where there is none, and others may have come to use it since.
     if bpffs != Path::new("/sys/fs/bpf") && Redirect::is_bpffs(bpffs) {

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 
 use crate::admin::AdminError;
+use crate::api_server::ApiError;
 use crate::config::ConfigError;
 use crate::discovery::DiscoveryError;
 use crate::handover::{OwnError, TakeError};
@@ -81,6 +82,17 @@ fn of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<Exit> {
     }
     if let Some(error) = cause.downcast_ref::<RedirectError>() {
         return of_redirect(error);
+    }
+    if let Some(error) = cause.downcast_ref::<ApiError>() {
+        return Some(match error {
+            ApiError::NoConfig(_) | ApiError::Kubeconfig { .. } => Exit::Usage,
+            ApiError::Unauthorized { .. } | ApiError::Forbidden { .. } => Exit::NoPermission,
+            ApiError::Unreachable { .. }
+            | ApiError::NotFound { .. }
+            | ApiError::Conflict { .. }
+            | ApiError::Refused { .. }
+            | ApiError::Other { .. } => Exit::Unavailable,
+        });
     }
     if cause.is::<TakeError>() {
         return Some(Exit::Unavailable);

@@ -7,12 +7,11 @@ use std::time::Duration;
 use super::value;
 use super::written::io_reason;
 use super::{ConfigError, Written};
-use crate::lifecycle::PodDir;
 use crate::model::{OutboundPolicy, TrustDomain};
 use crate::telemetry::{LogFormat, logging};
 
 /// What the machine says of itself; a parameter, so that the checks can be tested.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Machine {
     pub hostname: String,
     pub cores: usize,
@@ -25,13 +24,15 @@ pub struct Node {
     pub source: Source,
     pub state_dir: PathBuf,
     pub admin_socket: PathBuf,
+    /// `None`: no CNI plugin, and pods that start do not wait.
+    pub cni: Option<Cni>,
     /// Never 0.
     pub workers: usize,
     pub drain_timeout: Duration,
+    /// The same where another agent serves already.
+    pub upgrade_drain: Duration,
     /// From an agent that runs; else it is an error that there is one.
     pub take_over: bool,
-    /// Given where this runs in a pod of Kubernetes: what kubelet and the pod's next container must know is noted there.
-    pub pod_dir: Option<PodDir>,
     pub ca: CertificateAuthority,
     pub cert_lifetime: Duration,
     pub trust_domain: TrustDomain,
@@ -52,6 +53,16 @@ pub struct Node {
     /// `None` is off.
     pub access_log: Option<LogFormat>,
     pub logging: Logging,
+}
+
+/// The CNI plugin on the node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Cni {
+    /// The node's /etc/cni/net.d.
+    pub conf_dir: PathBuf,
+    /// The node's /opt/cni/bin.
+    pub bin_dir: PathBuf,
+    pub socket: PathBuf,
 }
 
 /// Who signs this node's certificates.
@@ -95,12 +106,18 @@ pub struct Controller {
     pub source: Source,
     pub state_dir: PathBuf,
     pub listen: SocketAddr,
+    /// These three only with Kubernetes: nobody probes a controller beside a node, whose ports they are.
+    pub webhook_address: SocketAddr,
+    pub metrics_address: SocketAddr,
+    pub readiness_address: SocketAddr,
     /// The user's own CA; `None` makes one in the state directory at the first start.
     pub ca_dir: Option<PathBuf>,
     /// Names and addresses for the controller's own certificate. Never empty: localhost where none is given.
     pub sans: Vec<String>,
     pub cert_lifetime: Duration,
     pub trust_domain: TrustDomain,
+    pub cluster_domain: String,
+    pub root_namespace: String,
     pub istio_labels: bool,
     pub logging: Logging,
 }
@@ -112,6 +129,8 @@ pub struct Cleanup {
     pub bpffs: PathBuf,
     pub cgroup: Option<PathBuf>,
     pub admin_socket: PathBuf,
+    pub state_dir: PathBuf,
+    pub cni: Option<Cni>,
     pub logging: Logging,
 }
 
@@ -140,6 +159,7 @@ const DEFAULT_CONFIG_DIR: &str = "/etc/nodemesh/manifests";
 const MIN_CERT_LIFETIME: Duration = Duration::from_secs(10);
 const MAX_CERT_LIFETIME: Duration = Duration::from_secs(365 * 24 * 3600);
 const MAX_DRAIN: Duration = Duration::from_secs(3600);
+const MAX_UPGRADE_DRAIN: Duration = Duration::from_secs(7 * 86_400);
 const MAX_WORKERS: u32 = 1024;
 /// 64 bytes an entry: a gigabyte, above which a kernel map is a mistake.
 const MAX_ORIG_DST_ENTRIES: u32 = 16 * 1024 * 1024;
@@ -164,13 +184,15 @@ impl Node {
             source: w.source()?,
             state_dir: w.path("state-dir", "/var/lib/nodemesh")?,
             admin_socket: w.admin_socket()?,
+            cni: w.cni()?,
             workers: match w.or("workers", "0", |t| value::number(t, 0, MAX_WORKERS))? {
                 0 => machine.cores.max(1),
                 n => usize::try_from(n).expect("a u32 fits"),
             },
+            upgrade_drain: w
+                .or("upgrade-drain", "1h", |t| value::duration_between(t, Duration::ZERO, MAX_UPGRADE_DRAIN))?,
             drain_timeout: w.or("drain-timeout", "5s", |t| value::duration_between(t, Duration::ZERO, MAX_DRAIN))?,
             take_over: w.or("take-over", "false", value::boolean)?,
-            pod_dir: w.optional_directory("pod-dir")?.map(|path| PodDir::new(&path)),
             ca: w.certificate_authority()?,
             cert_lifetime: w.cert_lifetime()?,
             trust_domain: w.trust_domain()?,
@@ -192,8 +214,8 @@ impl Node {
             host_proc: w.directory("host-proc", "/proc")?,
             kernel_log: w.or("kernel-log", "false", value::boolean)?,
             orig_dst_entries: w.or("orig-dst-entries", "65536", |t| value::number(t, 1, MAX_ORIG_DST_ENTRIES))?,
-            metrics_address: w.or("metrics-address", "0.0.0.0:15020", value::address)?,
-            readiness_address: w.or("readiness-address", "0.0.0.0:15021", value::address)?,
+            metrics_address: w.metrics_address()?,
+            readiness_address: w.readiness_address()?,
             access_log: w.or("access-log", "text", |t| match t {
                 "off" => Ok(None),
                 "text" => Ok(Some(LogFormat::Text)),
@@ -219,27 +241,32 @@ impl Node {
     }
 }
 
-/// For `mesh-agent node --is-ready`: where the agent of this pod notes that it is.
-pub fn pod_dir(written: &Written) -> Result<PodDir, ConfigError> {
-    match Reader(written).optional_directory("pod-dir")? {
-        Some(path) => Ok(PodDir::new(&path)),
-        None => Err(ConfigError("--is-ready needs --pod-dir: the agent notes there that it is ready".to_owned())),
-    }
-}
-
 impl Controller {
     pub fn check(written: &Written) -> Result<Self, ConfigError> {
         let controller = Self::check_for_tools(written)?;
-        Ok(Self { source: Reader(written).source()?, ..controller })
+        let source = Reader(written).source()?;
+        if matches!(source, Source::Kubernetes(_)) && controller.ca_dir.is_some() {
+            return Err(ConfigError(format!(
+                "{} is for a controller outside Kubernetes: put your own CA into the Secret nodemesh-ca",
+                written.place("ca-dir")
+            )));
+        }
+        Ok(Self { source, ..controller })
     }
 
-    /// For `token`, `revoke-token` and `rotate-root`, which read no manifests: those need not be there.
+    /// For `token`, `revoke-token` and `rotate-root`, which read no manifests: a directory of them need not be there.
     pub fn check_for_tools(written: &Written) -> Result<Self, ConfigError> {
         let w = Reader(written);
         Ok(Self {
-            source: Source::Directory(w.path("config-dir", DEFAULT_CONFIG_DIR)?),
+            source: match w.kubernetes()? {
+                Some(kubernetes) => Source::Kubernetes(kubernetes),
+                None => Source::Directory(w.path("config-dir", DEFAULT_CONFIG_DIR)?),
+            },
             state_dir: w.path("state-dir", "/var/lib/nodemesh")?,
             listen: w.or("listen", "0.0.0.0:15012", value::address)?,
+            webhook_address: w.or("webhook-address", "0.0.0.0:15017", value::address)?,
+            metrics_address: w.metrics_address()?,
+            readiness_address: w.readiness_address()?,
             ca_dir: w.optional_directory("ca-dir")?,
             sans: match w.every("san", |t| match t.parse::<IpAddr>() {
                 Ok(_) => Ok(t.to_owned()),
@@ -250,6 +277,8 @@ impl Controller {
             },
             cert_lifetime: w.cert_lifetime()?,
             trust_domain: w.trust_domain()?,
+            cluster_domain: w.cluster_domain()?,
+            root_namespace: w.root_namespace()?,
             istio_labels: w.istio_labels()?,
             logging: w.logging()?,
         })
@@ -264,6 +293,8 @@ impl Cleanup {
             bpffs: w.path("bpffs", "/sys/fs/bpf")?,
             cgroup: w.optional_directory("cgroup")?,
             admin_socket: w.admin_socket()?,
+            state_dir: w.path("state-dir", "/var/lib/nodemesh")?,
+            cni: w.cni()?,
             logging: w.logging()?,
         })
     }
@@ -345,30 +376,56 @@ impl Reader<'_> {
     }
 
     fn admin_socket(&self) -> Result<PathBuf, ConfigError> {
-        let path = self.path("admin-socket", "/run/nodemesh/admin.sock")?;
+        self.socket("admin-socket", "/run/nodemesh/admin.sock")
+    }
+
+    fn cni(&self) -> Result<Option<Cni>, ConfigError> {
+        let socket = self.socket("cni-socket", "/run/nodemesh/cni.sock")?;
+        let (conf_dir, bin_dir) = (self.optional_directory("cni-conf-dir")?, self.optional_directory("cni-bin-dir")?);
+        match (conf_dir, bin_dir) {
+            (None, None) => Ok(None),
+            (Some(conf_dir), Some(bin_dir)) => Ok(Some(Cni { conf_dir, bin_dir, socket })),
+            (Some(_), None) => Err(ConfigError(format!(
+                "{} needs --cni-bin-dir: the node's folder of CNI plugins, such as /opt/cni/bin",
+                self.0.place("cni-conf-dir")
+            ))),
+            (None, Some(_)) => Err(ConfigError(format!(
+                "{} needs --cni-conf-dir: the node's folder of CNI configurations, such as /etc/cni/net.d",
+                self.0.place("cni-bin-dir")
+            ))),
+        }
+    }
+
+    fn socket(&self, name: &'static str, default: &str) -> Result<PathBuf, ConfigError> {
+        let path = self.path(name, default)?;
         let length = path.as_os_str().len();
         if length > MAX_SOCKET_PATH {
             let problem =
                 format!("{length} bytes are too long for a Unix socket; use a path of up to {MAX_SOCKET_PATH}");
-            return Err(self.error("admin-socket", &problem));
+            return Err(self.error(name, &problem));
         }
         Ok(path)
     }
 
     fn source(&self) -> Result<Source, ConfigError> {
+        match self.kubernetes()? {
+            Some(kubernetes) => Ok(Source::Kubernetes(kubernetes)),
+            None => Ok(Source::Directory(self.directory("config-dir", DEFAULT_CONFIG_DIR)?)),
+        }
+    }
+
+    fn kubernetes(&self) -> Result<Option<Kubernetes>, ConfigError> {
         let kubernetes = self.or("source", "directory", |t| match t {
             "directory" => Ok(false),
             "kubernetes" => Ok(true),
             _ => Err(format!("`{t}` is no source; write directory or kubernetes")),
         })?;
         if !kubernetes {
-            return Ok(Source::Directory(self.directory("config-dir", DEFAULT_CONFIG_DIR)?));
+            return Ok(None);
         }
         let kubeconfig = self.0.get("kubeconfig").map(|text| self.path("kubeconfig", text)).transpose()?;
-        Ok(Source::Kubernetes(Kubernetes {
-            kubeconfig,
-            namespace: self.or("namespace", "nodemesh-system", value::label)?,
-        }))
+        let namespace = self.or("namespace", "nodemesh-system", value::label)?;
+        Ok(Some(Kubernetes { kubeconfig, namespace }))
     }
 
     fn certificate_authority(&self) -> Result<CertificateAuthority, ConfigError> {
@@ -434,6 +491,14 @@ impl Reader<'_> {
 
     fn trust_domain(&self) -> Result<TrustDomain, ConfigError> {
         self.or("trust-domain", "cluster.local", |t| TrustDomain::new(t).map_err(|e| e.to_string()))
+    }
+
+    fn metrics_address(&self) -> Result<SocketAddr, ConfigError> {
+        self.or("metrics-address", "0.0.0.0:15020", value::address)
+    }
+
+    fn readiness_address(&self) -> Result<SocketAddr, ConfigError> {
+        self.or("readiness-address", "0.0.0.0:15021", value::address)
     }
 
     fn logging(&self) -> Result<Logging, ConfigError> {

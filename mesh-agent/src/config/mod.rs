@@ -5,13 +5,15 @@
 //! `table` names every setting once; flags, variables, keys of the file and `--help` all come from there.
 
 mod checked;
+mod live;
 mod table;
 mod value;
 mod written;
 
 pub use checked::{
-    Analysis, CertificateAuthority, Cleanup, Controller, Kubernetes, Logging, Machine, Node, Source, Token, pod_dir,
+    Analysis, CertificateAuthority, Cleanup, Cni, Controller, Kubernetes, Logging, Machine, Node, Source, Token,
 };
+pub use live::{Changed, Live};
 pub use table::{Kind, Role, SETTINGS, Setting};
 pub use value::{dns_name as node_name, duration, written_duration};
 pub use written::{Origin, Written};

@@ -61,6 +61,11 @@ impl Written {
         Ok(())
     }
 
+    /// Names of settings that stand otherwise in `other`.
+    pub fn differing(&self, other: &Self) -> impl Iterator<Item = &'static str> {
+        SETTINGS.iter().map(|s| s.name).filter(move |name| self.all(name) != other.all(name))
+    }
+
     pub(super) fn get(&self, name: &'static str) -> Option<&str> {
         debug_assert!(Setting::named(name).is_some(), "`{name}` is in the table");
         self.values.get(name).and_then(|(_, values)| values.first()).map(String::as_str)

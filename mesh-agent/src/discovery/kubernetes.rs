@@ -11,10 +11,11 @@ use std::time::{Duration, Instant};
 use futures_util::StreamExt;
 use serde_json::Value;
 
+use super::hints::{self, Held, Hint};
 use super::of_source;
 use crate::api_server::{ApiError, ApiServer, Change, Kind, watch};
 use crate::model::{Problem, Severity};
-use crate::translate::Object;
+use crate::translate::{Object, Settings};
 
 /// A change is translated when nothing more was heard for this long: a Deployment's pods change together.
 const QUIET: Duration = Duration::from_millis(20);
@@ -25,28 +26,42 @@ const FORGIVEN: Duration = Duration::from_secs(20);
 /// How often a failure is looked at that may be over.
 const TICK: Duration = Duration::from_secs(1);
 
+/// The annotation that this agent writes, and compares with what it should be.
+const SHOWN: &str = "nodemesh.io/status";
+
 /// What is read from the API. Of each group the version that all releases of the last years serve.
 const KINDS: &[Kind] = &[
     Kind::NAMESPACE,
     Kind::NODE,
     Kind::POD,
+    Kind::RUNTIME_CLASS,
     Kind::SERVICE,
     Kind::ENDPOINT_SLICE,
     Kind::PEER_AUTHENTICATION,
     Kind::AUTHORIZATION_POLICY,
 ];
 
-/// What the watching tasks tell the discovery thread.
-pub(super) type Heard = (usize, Change);
+/// Where pods are in `KINDS`.
+const POD: usize = 2;
+
+/// What the discovery thread is told.
+#[derive(Debug)]
+pub(super) enum Word {
+    /// Something of the kind with this index.
+    Changed(usize, Change),
+    Hint(Hint),
+    /// Other settings, and what is wrong with those that their source has now.
+    Settings(Box<Settings>, Vec<Problem>),
+}
 
 /// Starts to watch; what is heard goes to `heard` until its other end is gone.
-pub(super) fn listen(server: &ApiServer, heard: &mpsc::Sender<Heard>) {
+pub(super) fn listen(server: &ApiServer, heard: &mpsc::Sender<Word>) {
     for (index, kind) in KINDS.iter().enumerate() {
         let mut changes = Box::pin(watch(server, kind, None, ""));
         let heard = heard.clone();
         tokio::spawn(async move {
             while let Some(change) = changes.next().await {
-                if heard.send((index, change)).is_err() {
+                if heard.send(Word::Changed(index, change)).is_err() {
                     return;
                 }
             }
@@ -58,6 +73,8 @@ pub(super) fn listen(server: &ApiServer, heard: &mpsc::Sender<Heard>) {
 pub(super) struct Cluster {
     url: String,
     kinds: Vec<Listed>,
+    settings: Option<(Settings, Vec<Problem>)>,
+    hints: Held,
 }
 
 #[derive(Default)]
@@ -72,13 +89,14 @@ struct Listed {
 
 impl Cluster {
     pub fn new(url: &str) -> Self {
-        Self { url: url.to_owned(), kinds: KINDS.iter().map(|_| Listed::default()).collect() }
+        let kinds = KINDS.iter().map(|_| Listed::default()).collect();
+        Self { url: url.to_owned(), kinds, settings: None, hints: Held::default() }
     }
 
     /// Waits for changes and takes them; says whether anything may have changed, or `None` at the end.
-    pub fn wait(&mut self, heard: &mpsc::Receiver<Heard>) -> Option<bool> {
+    pub fn wait(&mut self, heard: &mpsc::Receiver<Word>) -> Option<bool> {
         let mut changed = match heard.recv_timeout(TICK) {
-            Ok(first) => self.take(first),
+            Ok(first) => self.hear(first),
             Err(RecvTimeoutError::Timeout) => return Some(self.forgive()),
             Err(RecvTimeoutError::Disconnected) => return None,
         };
@@ -86,7 +104,7 @@ impl Cluster {
         loop {
             let left = PATIENCE.saturating_sub(start.elapsed()).min(QUIET);
             match heard.recv_timeout(left) {
-                Ok(more) => changed |= self.take(more),
+                Ok(more) => changed |= self.hear(more),
                 // A list that is being read is waited for, unless it takes long.
                 Err(RecvTimeoutError::Timeout) => return Some(changed),
                 Err(RecvTimeoutError::Disconnected) => return None,
@@ -97,7 +115,64 @@ impl Cluster {
         }
     }
 
-    fn take(&mut self, (index, change): Heard) -> bool {
+    /// Settings that have come since the last call.
+    pub fn new_settings(&mut self) -> Option<(Settings, Vec<Problem>)> {
+        self.settings.take()
+    }
+
+    fn hear(&mut self, word: Word) -> bool {
+        match word {
+            Word::Changed(index, change) => self.change(index, change),
+            Word::Settings(settings, problems) => {
+                self.settings = Some((*settings, problems));
+                true
+            }
+            Word::Hint(hint) => self.take_hint(hint),
+        }
+    }
+
+    fn take_hint(&mut self, hint: Hint) -> bool {
+        let listed = &mut self.kinds[POD];
+        let known = |pods: &BTreeMap<(String, String), Object>, namespace: String, name: String, uid: &str| {
+            pods.get(&(namespace, name)).filter(|pod| hints::uid(pod.value()) == uid).map(|pod| pod.value().clone())
+        };
+        let pod = match hint {
+            Hint::Addresses { namespace, name, uid, addresses } => {
+                let known = known(&listed.objects, namespace, name, &uid);
+                if !self.hints.add(uid, &addresses, known.as_ref()) {
+                    return false;
+                }
+                known.map(|mut pod| {
+                    self.hints.adorn(&mut pod);
+                    pod
+                })
+            }
+            Hint::Withdrawn { namespace, name, uid, addresses } => {
+                let before = self.hints.withdraw(&uid, &addresses);
+                before.zip(known(&listed.objects, namespace, name, &uid)).map(|(before, mut pod)| {
+                    hints::set(&mut pod, &before);
+                    pod
+                })
+            }
+            // Where there is no hint any more, the pod has gone meanwhile.
+            Hint::Found(mut pod) if self.hints.has(hints::uid(&pod)) => {
+                self.hints.adorn(&mut pod);
+                let is_new = object(pod.clone()).is_some_and(|(key, _)| !listed.objects.contains_key(&key));
+                is_new.then_some(pod)
+            }
+            Hint::Found(_) => None,
+        };
+        let Some((key, object)) = pod.and_then(object) else { return false };
+        listed.objects.insert(key, object);
+        listed.known
+    }
+
+    fn change(&mut self, index: usize, mut change: Change) -> bool {
+        match &mut change {
+            Change::Listed(pod) | Change::Applied(pod) if index == POD => self.hints.adorn(pod),
+            Change::Deleted(pod) if index == POD => self.hints.forget(hints::uid(pod)),
+            _ => {}
+        }
         let listed = &mut self.kinds[index];
         if !matches!(change, Change::Failed(_)) {
             listed.failure = None;
@@ -216,7 +291,11 @@ fn trim(value: &mut Value) {
             map.retain(|key, _| !keys.contains(&key.as_str()));
         }
     };
-    drop("/metadata", &["managedFields", "annotations", "finalizers", "selfLink", "generateName"]);
+    drop("/metadata", &["managedFields", "finalizers", "selfLink", "generateName"]);
+    let is_pod = value.get("kind").and_then(Value::as_str) == Some("Pod");
+    if let Some(Value::Object(annotations)) = value.pointer_mut("/metadata/annotations") {
+        annotations.retain(|key, _| is_pod && key == SHOWN);
+    }
     match value.get("kind").and_then(Value::as_str) {
         Some("Pod") => {
             let keep = |value: &mut Value, at: &str, keys: &[&str]| {
@@ -224,7 +303,8 @@ fn trim(value: &mut Value) {
                     map.retain(|key, _| keys.contains(&key.as_str()));
                 }
             };
-            keep(value, "/spec", &["nodeName", "serviceAccountName", "serviceAccount", "hostNetwork", "containers"]);
+            let spec = ["nodeName", "serviceAccountName", "serviceAccount", "hostNetwork", "runtimeClassName"];
+            keep(value, "/spec", &[&spec[..], &["containers"]].concat());
             keep(value, "/status", &["phase", "podIP", "podIPs", "conditions"]);
             if let Some(Value::Array(containers)) = value.pointer_mut("/spec/containers") {
                 for container in containers {
@@ -257,13 +337,11 @@ mod tests {
             "spec": {"nodeName": "n1", "containers": [{"name": "c", "env": [{"name": "SECRET", "value": "s"}]}]}})
     }
 
-    const POD: usize = 2;
-
     fn known() -> Cluster {
         let mut cluster = Cluster::new("https://api");
         for index in 0..KINDS.len() {
-            cluster.take((index, Change::Begin));
-            cluster.take((index, Change::Complete));
+            cluster.change(index, Change::Begin);
+            cluster.change(index, Change::Complete);
         }
         cluster
     }
@@ -272,12 +350,12 @@ mod tests {
     fn nothing_counts_before_every_kind_is_listed() {
         let mut cluster = Cluster::new("https://api");
         for index in 0..KINDS.len() - 1 {
-            cluster.take((index, Change::Begin));
-            cluster.take((index, Change::Complete));
+            cluster.change(index, Change::Begin);
+            cluster.change(index, Change::Complete);
             assert!(!cluster.is_known());
         }
         let missing = ApiError::NotFound { what: "watch".into(), why: "no such kind".into() };
-        cluster.take((KINDS.len() - 1, Change::Failed(missing)));
+        cluster.change(KINDS.len() - 1, Change::Failed(missing));
         assert!(cluster.is_known(), "a kind that is not installed has no objects");
         assert!(cluster.problems().is_empty());
     }
@@ -285,26 +363,26 @@ mod tests {
     #[test]
     fn a_list_counts_when_it_is_whole() {
         let mut cluster = known();
-        assert!(cluster.take((POD, Change::Applied(pod("a", "1")))));
-        cluster.take((POD, Change::Begin));
-        cluster.take((POD, Change::Listed(pod("b", "2"))));
+        assert!(cluster.change(POD, Change::Applied(pod("a", "1"))));
+        cluster.change(POD, Change::Begin);
+        cluster.change(POD, Change::Listed(pod("b", "2")));
         assert_eq!(cluster.objects()[0].reference().name, "a");
-        cluster.take((POD, Change::Complete));
+        cluster.change(POD, Change::Complete);
         let names: Vec<_> = cluster.objects().iter().map(|o| o.reference().name.clone()).collect();
         assert_eq!(names, ["b"]);
-        cluster.take((POD, Change::Deleted(pod("b", "3"))));
+        cluster.change(POD, Change::Deleted(pod("b", "3")));
         assert!(cluster.objects().is_empty());
     }
 
     #[test]
     fn what_is_listed_again_unchanged_stays_the_same_object() {
         let mut cluster = known();
-        cluster.take((POD, Change::Applied(pod("a", "1"))));
+        cluster.change(POD, Change::Applied(pod("a", "1")));
         let before = cluster.objects();
         for (version, same) in [("1", true), ("2", false)] {
-            cluster.take((POD, Change::Begin));
-            cluster.take((POD, Change::Listed(pod("a", version))));
-            cluster.take((POD, Change::Complete));
+            cluster.change(POD, Change::Begin);
+            cluster.change(POD, Change::Listed(pod("a", version)));
+            cluster.change(POD, Change::Complete);
             assert_eq!(cluster.objects()[0].is_same(&before[0]), same);
         }
     }
@@ -312,19 +390,53 @@ mod tests {
     #[test]
     fn an_api_server_that_is_away_changes_nothing_and_is_said_once() {
         let mut cluster = known();
-        cluster.take((POD, Change::Applied(pod("a", "1"))));
+        cluster.change(POD, Change::Applied(pod("a", "1")));
         for index in 0..KINDS.len() {
             let away = ApiError::Unreachable { url: "https://api".into(), why: "connection refused".into() };
-            cluster.take((index, Change::Failed(away)));
+            cluster.change(index, Change::Failed(away));
         }
         assert_eq!(cluster.objects().len(), 1);
         let problems = cluster.problems();
         assert_eq!(problems.len(), 1, "{problems:?}");
         assert!(problems[0].message.ends_with("runs on with what it knows, and catches up by itself"));
         for index in 0..KINDS.len() {
-            cluster.take((index, Change::Begin));
+            cluster.change(index, Change::Begin);
         }
         assert!(cluster.problems().is_empty());
+    }
+
+    #[test]
+    fn a_hint_makes_a_pod_known_at_its_address_before_the_api_server_does() {
+        let mut cluster = known();
+        let mut starting = pod("a", "1");
+        starting["metadata"]["uid"] = json!("u");
+        let of = |cluster: &Cluster| cluster.objects()[0].value()["status"]["podIPs"].clone();
+        let hint = |name: &str| Hint::Addresses {
+            namespace: "shop".into(),
+            name: name.into(),
+            uid: "u".into(),
+            addresses: vec!["10.0.0.1".parse().unwrap()],
+        };
+        // The hint first, as when the watch lags behind; then the pod, asked for alone.
+        assert!(!cluster.hear(Word::Hint(hint("a"))));
+        assert!(cluster.hear(Word::Hint(Hint::Found(starting.clone()))));
+        assert_eq!(of(&cluster), json!([{"ip": "10.0.0.1"}]));
+        cluster.change(POD, Change::Applied(starting.clone()));
+        assert_eq!(of(&cluster), json!([{"ip": "10.0.0.1"}]), "the watch has none yet");
+        starting["status"]["podIPs"] = json!([{"ip": "10.0.0.2"}]);
+        cluster.change(POD, Change::Applied(starting.clone()));
+        assert_eq!(of(&cluster), json!([{"ip": "10.0.0.2"}]));
+        // A new sandbox, and its end.
+        assert!(cluster.hear(Word::Hint(hint("a"))));
+        assert_eq!(of(&cluster), json!([{"ip": "10.0.0.1"}]));
+        let Hint::Addresses { namespace, name, uid, addresses } = hint("a") else { unreachable!() };
+        assert!(cluster.hear(Word::Hint(Hint::Withdrawn { namespace, name, uid, addresses })));
+        assert_eq!(of(&cluster), json!([{"ip": "10.0.0.2"}]));
+        // A pod that is gone stays so.
+        cluster.hear(Word::Hint(hint("a")));
+        cluster.change(POD, Change::Deleted(starting.clone()));
+        assert!(!cluster.hear(Word::Hint(Hint::Found(starting))));
+        assert!(cluster.objects().is_empty());
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! nothing about where it came from. `last_good` is what was known of a directory when the process before ended.
 
 mod file;
+mod hints;
 mod kubernetes;
 mod last_good;
 mod store;
@@ -17,9 +18,10 @@ use arc_swap::ArcSwap;
 use tokio::sync::watch;
 
 use crate::api_server::ApiServer;
-use crate::model::{ObjectRef, Problem, Severity, Snapshot};
+use crate::model::{NodePods, ObjectRef, Problem, Severity, Snapshot};
 use crate::translate::Settings;
 use file::{Directory, Scan};
+pub use hints::Hints;
 use last_good::LastGood;
 use store::Store;
 
@@ -47,6 +49,12 @@ pub struct Sources {
     /// The generation of the snapshot; it counts up only when the meaning changed.
     pub changed: watch::Receiver<u64>,
     pub problems: watch::Receiver<Arc<Vec<Problem>>>,
+    /// Takes other settings; `None` where they stay as they are until the end.
+    pub settings: Option<SettingsTo>,
+    /// The pods of this node; told before a snapshot of the same objects.
+    pub node_pods: watch::Receiver<Arc<NodePods>>,
+    /// For what is known of a pod before the source knows it.
+    pub hints: Hints,
     _watching: Arc<Watching>,
 }
 
@@ -77,13 +85,15 @@ pub fn start(options: Options) -> Result<Sources, DiscoveryError> {
     take(files.scan());
     // Ends of this channel: the watcher, and `Watching`, which stops the thread.
     let (wake, woken) = mpsc::channel();
-    let watching = Arc::new(Watching::Directory { wake: wake.clone() });
-    std::thread::Builder::new()
+    let to_thread = wake.clone();
+    let thread = std::thread::Builder::new()
         .name("discovery".into())
-        .spawn(move || file::watch(files, &wake, &woken, rescan, take))
+        .spawn(move || file::watch(files, &to_thread, &woken, rescan, take))
         .map_err(|source| DiscoveryError::Thread { directory, source })?;
-    let store::Published { snapshot, changed, problems } = published;
-    Ok(Sources { snapshot, changed, problems, _watching: watching })
+    let watching = Arc::new(Watching::Directory { wake, thread: Some(thread) });
+    let store::Published { snapshot, changed, problems, node_pods } = published;
+    let (settings, hints) = (None, Hints::default());
+    Ok(Sources { snapshot, changed, problems, settings, node_pods, hints, _watching: watching })
 }
 
 /// Lists and watches what the mesh needs of a cluster. When this returns, the snapshot is what the API server said; it waits
@@ -93,6 +103,7 @@ pub async fn start_kubernetes(server: &ApiServer, settings: Settings) -> Result<
     let (tell, heard) = mpsc::channel();
     let (ended, watching) = mpsc::channel();
     kubernetes::listen(server, &tell);
+    let settings_to = SettingsTo(tell.clone());
     let mut cluster = kubernetes::Cluster::new(server.url());
     let url = server.url().to_owned();
     std::thread::Builder::new()
@@ -105,6 +116,9 @@ pub async fn start_kubernetes(server: &ApiServer, settings: Settings) -> Result<
                 if !changed {
                     continue;
                 }
+                if let Some((settings, problems)) = cluster.new_settings() {
+                    store.set(settings, problems);
+                }
                 match cluster.is_known() {
                     true => store.take(&cluster.objects(), cluster.problems()),
                     false => store.wait(cluster.problems()),
@@ -112,7 +126,8 @@ pub async fn start_kubernetes(server: &ApiServer, settings: Settings) -> Result<
             }
         })
         .map_err(|source| DiscoveryError::Thread { directory: url.into(), source })?;
-    let store::Published { snapshot, mut changed, mut problems } = published;
+    let hints = Hints::new(tell);
+    let store::Published { snapshot, mut changed, mut problems, node_pods } = published;
     let mut said = Arc::default();
     while *changed.borrow_and_update() == 0 {
         tokio::select! {
@@ -126,7 +141,20 @@ pub async fn start_kubernetes(server: &ApiServer, settings: Settings) -> Result<
             }
         }
     }
-    Ok(Sources { snapshot, changed, problems, _watching: Arc::new(Watching::Cluster { _ended: ended }) })
+    let (settings, watching) = (Some(settings_to), Arc::new(Watching::Cluster { _ended: ended }));
+    Ok(Sources { snapshot, changed, problems, settings, node_pods, hints, _watching: watching })
+}
+
+/// The way of new settings to the discovery thread.
+#[derive(Clone)]
+pub struct SettingsTo(mpsc::Sender<kubernetes::Word>);
+
+impl SettingsTo {
+    /// Everything is translated anew with them. `problems`: what is wrong with the settings as their source has them now.
+    pub fn set(&self, settings: Settings, problems: Vec<Problem>) {
+        // The thread ends with the process.
+        let _ = self.0.send(kubernetes::Word::Settings(Box::new(settings), problems));
+    }
 }
 
 fn of_source(file: String, severity: Severity, message: String) -> Problem {
@@ -152,6 +180,7 @@ fn take(store: &mut Store, scan: &Scan) {
 enum Watching {
     Directory {
         wake: mpsc::Sender<file::Wake>,
+        thread: Option<std::thread::JoinHandle<()>>,
     },
     /// The thread looks whether this end is still there.
     Cluster {
@@ -161,9 +190,11 @@ enum Watching {
 
 impl Drop for Watching {
     fn drop(&mut self) {
-        if let Self::Directory { wake } = self {
+        if let Self::Directory { wake, thread } = self {
             // The thread may have ended already; then there is nothing to stop.
             let _ = wake.send(file::Wake::Stop);
+            // What it may still write must not come after what the next one writes.
+            let _ = thread.take().map(std::thread::JoinHandle::join);
         }
     }
 }

@@ -2,11 +2,12 @@
 //! or a process of the pod leads there.
 
 use std::collections::HashMap;
-use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::{fs, io};
 
+use super::netns::NetnsId;
 use crate::model::Workload;
 
 /// Where network namespaces are mounted by name: paths there outlive any process of the pod.
@@ -26,7 +27,7 @@ pub enum Places {
 pub struct Processes {
     proc: PathBuf,
     /// What the CNI plugin has told, by the pod's uid.
-    told: Mutex<HashMap<Arc<str>, PathBuf>>,
+    told: Mutex<HashMap<Arc<str>, (PathBuf, NetnsId)>>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -36,7 +37,7 @@ pub enum FindError {
     #[error("no process of the pod is found in {}; is that the node's /proc?", .0.display())]
     NoProcess(PathBuf),
     #[error("the processes in {} cannot be read: {source}; mount the node's /proc there", path.display())]
-    Unreadable { path: PathBuf, source: std::io::Error },
+    Unreadable { path: PathBuf, source: io::Error },
 }
 
 impl Places {
@@ -45,6 +46,29 @@ impl Places {
         match self {
             Self::Manifests => workload.netns.is_some(),
             Self::Processes(_) => true,
+        }
+    }
+
+    /// The CNI plugin has been given this network namespace for the pod `uid`; it is the one that counts from now on.
+    pub fn tell(&self, uid: &str, path: &Path) -> io::Result<NetnsId> {
+        match self {
+            Self::Manifests => NetnsId::of(path),
+            Self::Processes(processes) => processes.tell(uid, path),
+        }
+    }
+
+    /// The network namespace `id` of the pod `uid` is gone. Another that was told since stays.
+    pub fn forget(&self, uid: &str, id: NetnsId) {
+        if let Self::Processes(processes) = self {
+            processes.forget(uid, id);
+        }
+    }
+
+    /// Whether the pod `uid` was told to be in another network namespace than `id`.
+    pub fn has_moved(&self, uid: &str, id: NetnsId) -> bool {
+        match self {
+            Self::Manifests => false,
+            Self::Processes(processes) => processes.lock().get(uid).is_some_and(|(_, now)| *now != id),
         }
     }
 
@@ -63,23 +87,36 @@ impl Processes {
         Self { proc: proc.into(), told: Mutex::default() }
     }
 
-    /// The CNI plugin has been given this network namespace for the pod `uid`.
-    pub fn tell(&self, uid: &str, path: &Path) {
-        self.lock().insert(uid.into(), path.into());
+    fn tell(&self, uid: &str, path: &Path) -> io::Result<NetnsId> {
+        let path = self.seen_from_here(path);
+        let id = NetnsId::of(&path)?;
+        self.lock().insert(uid.into(), (path, id));
+        Ok(id)
     }
 
-    /// The pod is gone.
-    pub fn forget(&self, uid: &str) {
-        self.lock().remove(uid);
+    fn forget(&self, uid: &str, id: NetnsId) {
+        let mut told = self.lock();
+        if told.get(uid).is_some_and(|(_, now)| *now == id) {
+            told.remove(uid);
+        }
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<Arc<str>, PathBuf>> {
+    /// The node's path: in the agent's image /var/run may be no link, and /proc is the container's own.
+    fn seen_from_here(&self, path: &Path) -> PathBuf {
+        if let Ok(rest) = path.strip_prefix("/proc") {
+            return self.proc.join(rest);
+        }
+        path.strip_prefix("/var/run").map_or_else(|_| path.to_owned(), |rest| Path::new("/run").join(rest))
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<Arc<str>, (PathBuf, NetnsId)>> {
         self.told.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn find(&self, uid: &str) -> Result<PathBuf, FindError> {
         let told = self.lock().get(uid).cloned();
-        if let Some(path) = told.filter(|path| path.exists()) {
+        // A path may have come to name another one.
+        if let Some((path, _)) = told.filter(|(path, id)| NetnsId::of(path).is_ok_and(|now| now == *id)) {
             return Ok(path);
         }
         let process = self.oldest(uid)?.ok_or_else(|| FindError::NoProcess(self.proc.clone()))?;
@@ -151,13 +188,37 @@ mod tests {
     }
 
     #[test]
+    fn a_path_of_the_node_is_seen_from_the_agents_container() {
+        let processes = Processes::new(Path::new("/host/proc"));
+        for (path, seen) in [
+            ("/var/run/netns/cni-1", "/run/netns/cni-1"),
+            ("/run/netns/cni-1", "/run/netns/cni-1"),
+            ("/proc/7/ns/net", "/host/proc/7/ns/net"),
+        ] {
+            assert_eq!(processes.seen_from_here(Path::new(path)), Path::new(seen));
+        }
+    }
+
+    #[test]
     fn what_the_plugin_told_counts_while_it_is_there() {
         let proc = tempfile::tempdir().unwrap();
         let told = proc.path().join("netns");
         fs::write(&told, "").unwrap();
         let processes = Processes::new(proc.path());
-        processes.tell(UID, &told);
+        let id = processes.tell(UID, &told).unwrap();
         assert_eq!(processes.find(UID).unwrap(), told);
+        let other = proc.path().join("other");
+        fs::write(&other, "").unwrap();
+        let places = Places::Processes(processes);
+        assert!(!places.has_moved(UID, id));
+        let new = places.tell(UID, &other).unwrap();
+        assert!(places.has_moved(UID, id), "a new sandbox counts");
+        places.forget(UID, id);
+        assert!(places.has_moved(UID, id), "the end of the old one changes nothing");
+        places.forget(UID, new);
+        assert!(!places.has_moved(UID, id));
+        let Places::Processes(processes) = places else { unreachable!() };
+        processes.tell(UID, &told).unwrap();
         fs::remove_file(&told).unwrap();
         assert!(processes.find(UID).is_err());
     }

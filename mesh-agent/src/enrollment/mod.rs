@@ -11,6 +11,6 @@ pub mod sockets;
 pub use find::{FindError, Places, Processes};
 pub use handed::{Handed, Order};
 pub use legacy::Tuple;
-pub use netns::{Netns, NetnsError, see_host_proc};
+pub use netns::{Netns, NetnsError, NetnsId, see_host_proc};
 pub use pods::{EnrolledPod, Enrollment, Inputs, Listeners, PodEvent, PodStatus, Settled};
 pub use routes::{RoutesError, restore_all};

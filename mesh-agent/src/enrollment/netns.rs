@@ -32,14 +32,24 @@ pub(super) fn host_proc() -> &'static Path {
     HOST_PROC.get().map_or(Path::new("/proc"), PathBuf::as_path)
 }
 
+/// Device and inode of a network namespace: a path may come to name another one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct NetnsId(u64, u64);
+
+impl NetnsId {
+    /// Of the one that `path` names.
+    pub fn of(path: &Path) -> io::Result<Self> {
+        std::fs::metadata(path).map(|m| Self(m.dev(), m.ino()))
+    }
+}
+
 /// An open network namespace.
 #[derive(Debug)]
 pub struct Netns {
     fd: OwnedFd,
     cookie: NetnsCookie,
     path: PathBuf,
-    /// Device and inode of the namespace itself: a path may come to name another one.
-    id: (u64, u64),
+    id: NetnsId,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -81,7 +91,7 @@ impl Netns {
         let open = |source| NetnsError::Open { path: path.to_owned(), source };
         home().map_err(open)?;
         let metadata = file.metadata().map_err(open)?;
-        let id = (metadata.dev(), metadata.ino());
+        let id = NetnsId(metadata.dev(), metadata.ino());
         let mut netns = Self { fd: file.into(), cookie: NetnsCookie(0), path: path.to_owned(), id };
         let socket = netns.run(|| Socket::new(Domain::UNIX, Type::DGRAM, None)).map_err(|source| {
             match source.raw_os_error() {
@@ -101,6 +111,10 @@ impl Netns {
         self.cookie
     }
 
+    pub fn id(&self) -> NetnsId {
+        self.id
+    }
+
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -111,7 +125,7 @@ impl Netns {
 
     /// Whether the path still names this namespace.
     pub fn is_there(&self) -> bool {
-        std::fs::metadata(&self.path).is_ok_and(|m| (m.dev(), m.ino()) == self.id)
+        NetnsId::of(&self.path).is_ok_and(|id| id == self.id)
     }
 
     /// Runs `f` with the calling thread inside this namespace, and comes back; aborts the process where it can't come

@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::handed::{Handed, Order, Stage};
 use super::legacy::{self, Tuple};
-use super::{FindError, Netns, NetnsError, Places, RoutesError, routes};
+use super::{FindError, Netns, NetnsError, NetnsId, Places, RoutesError, routes};
 use crate::identity::Certificates;
 use crate::model::{Problem, Severity, Snapshot, SpiffeId, Transport, Workload};
 use crate::redirect::{PodEntry, Redirect, RedirectError};
@@ -90,6 +90,14 @@ pub struct PodStatus {
     pub problem: Option<String>,
     /// Connections older than the enrolment that still run, untouched and outside the mesh.
     pub legacy_connections: u64,
+    /// Of an enrolled pod: where. Means nothing to other processes.
+    #[serde(skip)]
+    pub netns: Option<NetnsId>,
+}
+
+impl PodStatus {
+    /// The problem of a pod that has just come.
+    pub const JOINING: &str = "it is being taken in";
 }
 
 /// What enrolment is given.
@@ -109,7 +117,7 @@ pub struct Inputs {
 /// Keeps pods enrolled as the snapshot says.
 pub struct Enrollment {
     pub(super) inputs: Inputs,
-    statuses: Arc<ArcSwap<Vec<PodStatus>>>,
+    statuses: watch::Sender<Arc<Vec<PodStatus>>>,
     settled: watch::Sender<bool>,
     /// From an agent before, until `run` begins.
     pub(super) handed: Vec<Handed>,
@@ -175,7 +183,7 @@ impl Enrollment {
         let (order, orders) = mpsc::unbounded_channel();
         Self {
             inputs,
-            statuses: Arc::default(),
+            statuses: watch::Sender::default(),
             settled: watch::Sender::new(false),
             handed: Vec::new(),
             orders,
@@ -186,8 +194,8 @@ impl Enrollment {
     }
 
     /// The pods as they stand, by namespace and name; swapped as a whole.
-    pub fn statuses(&self) -> Arc<ArcSwap<Vec<PodStatus>>> {
-        self.statuses.clone()
+    pub fn statuses(&self) -> watch::Receiver<Arc<Vec<PodStatus>>> {
+        self.statuses.subscribe()
     }
 
     pub fn settled(&self) -> Settled {
@@ -279,12 +287,18 @@ impl Enrollment {
         let snapshot = self.inputs.snapshot.load_full();
         let wanted: BTreeMap<Arc<str>, Arc<Workload>> =
             snapshot.workloads().filter(|w| self.is_wanted(w)).map(|w| (w.uid.clone(), w.clone())).collect();
+        // A sandbox that was made anew: the old one's end may still go on, or is not noticed yet.
+        let moved = |uid: &str, pod: &Pod| match &pod.state {
+            State::Enrolled { pod, .. } => self.inputs.places.has_moved(uid, pod.netns.id()),
+            State::Joining(_) | State::Failed(_) | State::Due(_) => false,
+        };
         let leaving: Vec<Arc<str>> = pods
             .iter()
-            .filter(|(uid, pod)| !wanted.get(*uid).is_some_and(|w| same_place(w, &pod.workload)))
+            .filter(|(uid, pod)| moved(uid, pod) || !wanted.get(*uid).is_some_and(|w| same_place(w, &pod.workload)))
             // A Namespace that is missing for a moment, or a slip of the pen, lets nobody out.
             .filter(|(uid, pod)| {
-                !snapshot.workload(uid).is_some_and(|w| !w.mode_is_said && same_place(w, &pod.workload))
+                moved(uid, pod)
+                    || !snapshot.workload(uid).is_some_and(|w| !w.mode_is_said && same_place(w, &pod.workload))
             })
             .filter(|(_, pod)| !matches!(pod.state, State::Joining(_)))
             .map(|(uid, _)| uid.clone())
@@ -292,7 +306,7 @@ impl Enrollment {
         for uid in leaving {
             let Some(pod) = pods.remove(&uid) else { continue };
             // A pod that only left the mesh keeps its connections; one that is gone, or is another now, has none.
-            let gone = !snapshot.workload(&uid).is_some_and(|w| same_place(w, &pod.workload));
+            let gone = moved(&uid, &pod) || !snapshot.workload(&uid).is_some_and(|w| same_place(w, &pod.workload));
             self.leave(pods, pod, gone);
         }
         if self.yielded {
@@ -421,9 +435,13 @@ impl Enrollment {
     fn publish(&self, pods: &BTreeMap<Arc<str>, Pod>) {
         let mut statuses: Vec<PodStatus> = pods.values().map(status).collect();
         statuses.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
-        if **self.statuses.load() != statuses {
-            self.statuses.store(Arc::new(statuses));
-        }
+        self.statuses.send_if_modified(|known| {
+            let new = **known != statuses;
+            if new {
+                *known = Arc::new(statuses);
+            }
+            new
+        });
     }
 }
 
@@ -501,7 +519,7 @@ async fn restore_when_quiet(netns: Arc<Netns>, redirect: Arc<Redirect>) {
 fn status(pod: &Pod) -> PodStatus {
     let Workload { uid, namespace, name, addresses, .. } = &*pod.workload;
     let (enrolled, problem, legacy) = match &pod.state {
-        State::Joining(None) => (false, Some("it is being taken in".to_owned()), 0),
+        State::Joining(None) => (false, Some(PodStatus::JOINING.to_owned()), 0),
         State::Joining(Some(problem)) | State::Failed(problem) | State::Due(problem) => {
             (false, Some(problem.clone()), 0)
         }
@@ -515,5 +533,9 @@ fn status(pod: &Pod) -> PodStatus {
         enrolled,
         problem,
         legacy_connections: legacy,
+        netns: match &pod.state {
+            State::Enrolled { pod, .. } => Some(pod.netns.id()),
+            State::Joining(_) | State::Failed(_) | State::Due(_) => None,
+        },
     }
 }

@@ -17,7 +17,7 @@ use std::time::Duration;
 
 pub use give::{Given, Giver, Successor, serve};
 pub use own::{Own, OwnError};
-pub use stand_by::{StandByError, stand_by, start_anew};
+pub use stand_by::{Turn, TurnError};
 pub use take::{Predecessor, TakeError, Taken, find};
 
 /// For an answer that only needs the other process to run.

@@ -1,5 +1,5 @@
 //! The CA: which roots are trusted, which one signs, and the change from one to the next, persisted.
-//! In: a state directory or the user's PEM files. Out: signed chains, and the trust bundle as it changes.
+//! In: a state directory, the user's PEM files, or a Secret that somebody else keeps. Out: signed chains, and the trust bundle as it changes.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -15,8 +15,9 @@ use tokio::sync::{Notify, watch};
 use super::certificates::{Authority, SignFuture};
 use super::csr::{CsrError, VerifiedCsr};
 use super::issuer::{CA_CERT, CERT_CHAIN, INTERMEDIATE_LIFE, IssuerError, ROOT_CERT, ROOT_LIFE, SigningCa};
+use super::material::Material;
 use super::root_rotation::{Pace, Phases};
-use super::{Bundle, BundleError, Clock};
+use super::{Bundle, BundleError, Clock, Document};
 use crate::lifecycle::files::{self, FileError};
 use crate::model::{SpiffeId, TrustDomain};
 
@@ -75,6 +76,14 @@ pub enum CaError {
     NoController(PathBuf),
     #[error("{}: it can't be read ({problem}); restore it from a backup, or remove the directory to begin with a new root", path.display())]
     State { path: PathBuf, problem: String },
+    #[error(
+        "{place}: it can't be read ({problem}); restore it from a backup, or delete the Secret to begin with a new root"
+    )]
+    SecretState { place: String, problem: String },
+    #[error(
+        "{0}: root-key.pem does not belong to root-cert.pem; if you have brought a CA of your own, remove its keys state.json and root-key.pem"
+    )]
+    LaidOver(String),
     #[error("the roots of the CA can't be used together: {0}")]
     Bundle(#[from] BundleError),
     #[error(
@@ -87,8 +96,8 @@ pub enum CaError {
     Request(#[from] CsrError),
     #[error("can't sign: {0}")]
     Sign(#[from] rcgen::Error),
-    #[error("the CA's certificate in {} has expired; bring a new one or look why it was not renewed", .0.display())]
-    Expired(PathBuf),
+    #[error("the CA's certificate in {0} has expired; bring a new one or look why it was not renewed")]
+    Expired(String),
 }
 
 /// The CA. One per mesh; inside the controller, or inside the only node.
@@ -99,8 +108,15 @@ pub struct Ca {
     /// The phases have changed: `run` looks again.
     changed: Notify,
     running: AtomicBool,
-    /// Held for as long as this CA lives.
-    _lock: File,
+    keeper: Keeper,
+}
+
+/// Who writes what has to survive.
+enum Keeper {
+    /// This CA, which holds the directory's lock for as long as it lives.
+    Directory { _lock: File },
+    /// Whoever calls `take`: `Document` says what is to be written.
+    Secret,
 }
 
 struct Inner {
@@ -129,9 +145,37 @@ impl Ca {
         let inner = Inner { phases, generations, nodes: BTreeMap::new() };
         let roots = watch::Sender::new(Some(bundle(&inner)?));
         let (changed, running) = (Notify::new(), AtomicBool::new(false));
-        let ca = Self { options, inner: Mutex::new(inner), roots, changed, running, _lock: lock };
+        let keeper = Keeper::Directory { _lock: lock };
+        let ca = Self { options, inner: Mutex::new(inner), roots, changed, running, keeper };
         ca.advance()?;
         Ok(Arc::new(ca))
+    }
+
+    /// The CA of a Secret. It writes nothing: its renewals are those of `Document::next`.
+    pub fn of_secret(document: &Document, options: CaOptions) -> Result<Arc<Self>, CaError> {
+        let (phases, generations) = document.open(&options.trust_domain, options.clock.now())?;
+        let inner = Inner { phases, generations, nodes: BTreeMap::new() };
+        let roots = watch::Sender::new(Some(bundle(&inner)?));
+        let (changed, running) = (Notify::new(), AtomicBool::new(false));
+        Ok(Arc::new(Self { options, inner: Mutex::new(inner), roots, changed, running, keeper: Keeper::Secret }))
+    }
+
+    /// Goes over to what the Secret holds now. What is broken changes nothing.
+    pub fn take(&self, document: &Document) -> Result<(), CaError> {
+        let (phases, generations) = document.open(&self.options.trust_domain, self.options.clock.now())?;
+        let next = Inner { phases, generations, nodes: BTreeMap::new() };
+        let bundle = bundle(&next)?;
+        let signing = super::bundle::sha256_hex(&next.signing().roots[0]);
+        if !self.bundle().contains(&signing) {
+            tracing::warn!(
+                root = %signing,
+                "the CA signs with a root that was not announced: until nodes have asked for the roots, they refuse its \
+                 certificates; add a root to root-cert.pem first, and swap the key later"
+            );
+        }
+        *self.inner() = next;
+        self.publish(bundle);
+        Ok(())
     }
 
     /// Whether another process runs the CA of this state directory. Makes none where there is none.
@@ -155,6 +199,11 @@ impl Ca {
     /// The roots that are trusted now, the one that signs first.
     pub fn bundle(&self) -> Bundle {
         self.roots.borrow().clone().expect("a CA always has a root: it is set when opened and never taken away")
+    }
+
+    /// The same as it changes.
+    pub fn trusted(&self) -> watch::Receiver<Option<Bundle>> {
+        self.roots.subscribe()
     }
 
     /// The chain for a workload, leaf first, without the root. The caller has decided that it may have it.
@@ -183,12 +232,12 @@ impl Ca {
     fn active(&self) -> Result<(Arc<SigningCa>, SystemTime), CaError> {
         let (inner, now) = (self.inner(), self.options.clock.now());
         let ca = inner.signing().clone();
-        if ca.not_after() <= now { Err(CaError::Expired(ca.dir().join(CA_CERT))) } else { Ok((ca, now)) }
+        if ca.not_after() <= now { Err(CaError::Expired(ca.material.place(CA_CERT))) } else { Ok((ca, now)) }
     }
 
     /// Begins the change to a new root, and answers with its fingerprint. Nothing that is connected notices.
     pub fn rotate_root(&self) -> Result<String, CaError> {
-        if self.options.brought.is_some() {
+        if self.options.brought.is_some() || matches!(self.keeper, Keeper::Secret) {
             return Err(CaError::Brought);
         }
         let mut inner = self.inner();
@@ -220,6 +269,10 @@ impl Ca {
         let now = self.options.clock.now();
         let mut inner = self.inner();
         inner.nodes.insert(node.to_owned(), now);
+        // Another controller may be the one that others ask: nobody's word counts there, only time.
+        if matches!(self.keeper, Keeper::Secret) {
+            return Ok(());
+        }
         let Some(next) = &inner.phases.announced else { return Ok(()) };
         let root = super::bundle::sha256_hex(&inner.generations[&next.generation].roots[0]);
         let mut phases = inner.phases.clone();
@@ -244,13 +297,16 @@ impl Ca {
     /// Does what is due: the phases of a root's change, a new intermediate when a third of its life is left, a new root when
     /// a tenth is. What the user has brought is only watched.
     pub fn advance(&self) -> Result<(), CaError> {
+        if matches!(self.keeper, Keeper::Secret) {
+            return Ok(());
+        }
         let now = self.options.clock.now();
         let mut inner = self.inner();
         if self.options.brought.is_some() {
             let (ca, month) = (inner.signing(), Duration::from_secs(30 * 86_400));
             if now + month >= ca.not_after() {
                 let at = super::rfc3339(ca.not_after());
-                tracing::warn!(dir = %ca.dir().display(), "the CA that you have brought expires at {at}; bring a new one");
+                tracing::warn!(dir = %ca.material.home(), "the CA that you have brought expires at {at}; bring a new one");
             }
             return Ok(());
         }
@@ -264,7 +320,7 @@ impl Ca {
             let mut phases = inner.phases.clone();
             let number = phases.next_number();
             let dir = generation_dir(&self.options.state_dir, number);
-            SigningCa::create_under(&dir, old.dir(), &self.options.trust_domain, now)?;
+            SigningCa::create_under(&dir, &old.material, &self.options.trust_domain, now)?;
             let ca = SigningCa::load(&dir, &self.options.trust_domain, now)?;
             // The root is the same, so nobody has to learn anything first.
             phases.active = number;
@@ -313,15 +369,18 @@ impl Ca {
             inner.generations.remove(&number);
             remove_generation(&self.options.state_dir, number);
         }
-        let bundle = bundle(inner)?;
+        self.publish(bundle(inner)?);
+        self.changed.notify_one();
+        Ok(())
+    }
+
+    fn publish(&self, bundle: Bundle) {
         self.roots.send_if_modified(|known| {
             let news = known.as_ref() != Some(&bundle);
             // The order may have changed even where the set has not.
             *known = Some(bundle);
             news
         });
-        self.changed.notify_one();
-        Ok(())
     }
 }
 
@@ -405,7 +464,7 @@ pub fn trusted_roots(options: &CaOptions) -> Result<Bundle, CaError> {
     Ok(Bundle::from_pem(&pems.collect::<Result<String, _>>()?)?)
 }
 
-type Generations = BTreeMap<u64, Arc<SigningCa>>;
+pub(super) type Generations = BTreeMap<u64, Arc<SigningCa>>;
 
 /// Reads the CA of the state directory, or makes the first one.
 fn open_own(options: &CaOptions, now: SystemTime) -> Result<(Phases, Generations), CaError> {
@@ -443,7 +502,12 @@ fn open_own(options: &CaOptions, now: SystemTime) -> Result<(Phases, Generations
             // Nothing ran for so long that the intermediate has expired; the root can sign another.
             Err(IssuerError::Expired { path, .. }) if number == phases.active && path.ends_with(CA_CERT) => {
                 let (old, next) = (generation_dir(&options.state_dir, number), phases.next_number());
-                SigningCa::create_under(&generation_dir(&options.state_dir, next), &old, &options.trust_domain, now)?;
+                SigningCa::create_under(
+                    &generation_dir(&options.state_dir, next),
+                    &Material::Directory(old),
+                    &options.trust_domain,
+                    now,
+                )?;
                 let ca = load(next)?;
                 phases.active = next;
                 write_phases(&options.state_dir, &phases)?;

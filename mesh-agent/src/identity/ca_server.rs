@@ -10,14 +10,9 @@ use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
-use arc_swap::ArcSwap;
-use rcgen::{KeyPair, PKCS_ECDSA_P256_SHA256};
-use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
-use rustls::server::{ClientHello, ResolvesServerCert};
-use rustls::sign::CertifiedKey;
-use rustls::{ServerConfig, version};
+use futures_util::future::BoxFuture;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
@@ -25,19 +20,18 @@ use tokio::time::Instant;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tonic::body::Body;
-use tonic::codegen::{BoxFuture, Service, http};
+use tonic::codegen::{Service, http};
 use tonic::server::Grpc;
 use tonic::transport::server::{Connected, Server};
 use tonic::{Request, Response, Status};
 use tonic_prost::ProstCodec;
 
 use super::bundle::certificate_pem;
-use super::certificates::Authority;
 use super::csr::{CsrError, VerifiedCsr};
-use super::join_token::{JoinTokens, TokenError};
-use super::rotation;
+use super::join_token::{Claims, JoinTokens, TokenError};
 use super::rpc::{self, BundleRequest, BundleResponse, CertificateRequest, CertificateResponse};
-use super::{Ca, CaError, provider};
+use super::serving::server_tls;
+use super::{Ca, CaError};
 use crate::model::SpiffeId;
 
 pub const DEFAULT_PORT: u16 = 15012;
@@ -55,15 +49,32 @@ const REQUEST_LIMIT: Duration = Duration::from_secs(10);
 const NODE_BURST: f64 = 2000.0;
 const NODE_PER_SECOND: f64 = 50.0;
 
-/// Whether the node (by name) runs a pod with this identity.
-pub type RunsOn = Arc<dyn Fn(&str, &SpiffeId) -> bool + Send + Sync>;
+/// Whether the node (by name) runs a pod with this identity. It may wait a moment for news of one.
+pub type RunsOn = Arc<dyn Fn(&str, &SpiffeId) -> BoxFuture<'static, bool> + Send + Sync>;
+
+/// The node to which the token of a service account belongs; the address is that of the peer who has shown it.
+pub type Accounts = Arc<dyn Fn(String, IpAddr) -> BoxFuture<'static, Result<String, Refusal>> + Send + Sync>;
+
+/// Why a token of a service account is not taken: a sentence each.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Refusal {
+    /// It is not good.
+    Denied(String),
+    /// The peer has shown too many that were not.
+    TooOften(String),
+    /// It cannot be judged at present.
+    Unavailable(String),
+}
 
 pub struct CaServerOptions {
     pub listener: TcpListener,
     /// DNS names and IPs by which Istio's clients dial; `localhost` and `CONTROLLER_NAME` are always there.
     pub names: Vec<String>,
     pub ca: Arc<Ca>,
-    pub tokens: Arc<JoinTokens>,
+    /// `None` takes no join tokens.
+    pub tokens: Option<Arc<JoinTokens>>,
+    /// `None` takes no tokens of service accounts.
+    pub accounts: Option<Accounts>,
     pub runs_on: RunsOn,
     /// How often nodes ask for the roots.
     pub poll: Duration,
@@ -85,18 +96,11 @@ pub async fn bind(address: SocketAddr) -> Result<TcpListener, CaServerError> {
 
 /// Serves until `shutdown` is ready, then until the open requests are done. Runs the CA too.
 pub async fn serve(options: CaServerOptions, shutdown: impl Future<Output = ()>) -> Result<(), CaServerError> {
-    let CaServerOptions { listener, mut names, ca, tokens, runs_on, poll } = options;
+    let CaServerOptions { listener, mut names, ca, tokens, accounts, runs_on, poll } = options;
     names.extend(["localhost", CONTROLLER_NAME].map(str::to_owned));
-    let certificate = Arc::new(Serving(ArcSwap::from_pointee(serving_certificate(&ca, &names)?)));
-    let mut tls = ServerConfig::builder_with_provider(provider())
-        .with_protocol_versions(&[&version::TLS13])
-        .map_err(|e| CaServerError::Certificate(e.to_string()))?
-        .with_no_client_auth()
-        .with_cert_resolver(certificate.clone());
-    tls.alpn_protocols = vec![super::ALPN_H2.to_vec()];
-    tls.send_tls13_tickets = 0;
+    let (tls, renew) = server_tls(&ca, names, super::ALPN_H2)?;
 
-    let service = Rpc(Arc::new(Signer { ca: ca.clone(), tokens, runs_on, poll, limits: Mutex::default() }));
+    let service = Rpc(Arc::new(Signer { ca: ca.clone(), tokens, accounts, runs_on, poll, limits: Mutex::default() }));
     let (accepted, mut incoming) = mpsc::channel::<io::Result<Connection>>(64);
     let incoming = futures_util::stream::poll_fn(move |cx| incoming.poll_recv(cx));
     let server = Server::builder()
@@ -109,8 +113,8 @@ pub async fn serve(options: CaServerOptions, shutdown: impl Future<Output = ()>)
     // Only the server ends by itself; the others are dropped with it.
     tokio::select! {
         outcome = server => Ok(outcome?),
-        never = accept(listener, TlsAcceptor::from(Arc::new(tls)), accepted) => match never {},
-        never = renew(ca.clone(), names, certificate) => match never {},
+        never = accept(listener, TlsAcceptor::from(tls), accepted) => match never {},
+        never = renew => match never {},
         never = async { ca.run().await; std::future::pending::<Infallible>().await } => match never {},
     }
 }
@@ -136,56 +140,11 @@ async fn accept(listener: TcpListener, tls: TlsAcceptor, accepted: mpsc::Sender<
         let (tls, accepted) = (tls.clone(), accepted.clone());
         tokio::spawn(async move {
             match tokio::time::timeout(HANDSHAKE_LIMIT, tls.accept(stream)).await {
-                Ok(Ok(stream)) => drop(accepted.send(Ok(Connection { stream, _place: place })).await),
+                Ok(Ok(stream)) => drop(accepted.send(Ok(Connection { stream, place })).await),
                 Ok(Err(problem)) => tracing::debug!(%problem, "a handshake with the CA port has failed"),
                 Err(_) => tracing::debug!("a handshake with the CA port has taken too long"),
             }
         });
-    }
-}
-
-/// Keeps the serving certificate fresh: at half its life, and at once when another root signs.
-async fn renew(ca: Arc<Ca>, names: Vec<String>, certificate: Arc<Serving>) -> Infallible {
-    let mut roots = ca.roots();
-    loop {
-        let (now, not_after) = (ca.clock().now(), certificate.0.load().not_after);
-        tokio::select! {
-            () = ca.clock().sleep_until(rotation::renew_at(now, not_after, rand::random())) => {}
-            Ok(()) = roots.changed() => {}
-        }
-        match serving_certificate(&ca, &names) {
-            Ok(fresh) => certificate.0.store(Arc::new(fresh)),
-            Err(problem) => {
-                tracing::warn!(%problem, "the CA port keeps its certificate; it is tried again in a minute");
-                tokio::time::sleep(rotation::BACKOFF_MAX).await;
-            }
-        }
-    }
-}
-
-/// The serving certificate with the roots after it: a node that joins knows only the fingerprint of one.
-fn serving_certificate(ca: &Ca, names: &[String]) -> Result<Fresh, CaServerError> {
-    let failed = |problem: String| CaServerError::Certificate(problem);
-    let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).map_err(|e| failed(e.to_string()))?;
-    let (mut chain, not_after) = ca.sign_server(&key, names).map_err(|e| failed(e.to_string()))?;
-    chain.extend(ca.bundle().roots().iter().cloned());
-    let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));
-    let key = provider().key_provider.load_private_key(key).map_err(|e| failed(e.to_string()))?;
-    Ok(Fresh { certified: Arc::new(CertifiedKey::new(chain, key)), not_after })
-}
-
-#[derive(Debug)]
-struct Fresh {
-    certified: Arc<CertifiedKey>,
-    not_after: SystemTime,
-}
-
-#[derive(Debug)]
-struct Serving(ArcSwap<Fresh>);
-
-impl ResolvesServerCert for Serving {
-    fn resolve(&self, _hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
-        Some(self.0.load().certified.clone())
     }
 }
 
@@ -196,7 +155,7 @@ struct Rpc(Arc<Signer>);
 impl Service<http::Request<Body>> for Rpc {
     type Response = http::Response<Body>;
     type Error = Infallible;
-    type Future = BoxFuture<Self::Response, Infallible>;
+    type Future = BoxFuture<'static, Result<Self::Response, Infallible>>;
 
     fn poll_ready(&mut self, _cx: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
         Poll::Ready(Ok(()))
@@ -206,17 +165,21 @@ impl Service<http::Request<Body>> for Rpc {
         let signer = self.0.clone();
         Box::pin(async move {
             // Before the body is read: a stranger gets nothing decoded.
-            let node = match signer.authenticate(request.headers()) {
+            let peer = request.extensions().get::<Peer>().copied();
+            let node = match signer.authenticate(request.headers(), peer).await {
                 Ok(node) => node,
                 Err(status) => return Ok(status.into_http()),
             };
             Ok(match request.uri().path() {
                 rpc::CREATE_CERTIFICATE => {
-                    let method = Method(move |request| signer.create_certificate(&node, request));
+                    let method = Method(move |request| {
+                        let (signer, node) = (signer.clone(), node.clone());
+                        async move { signer.create_certificate(&node, request).await }
+                    });
                     limited(ProstCodec::default()).unary(method, request).await
                 }
                 rpc::GET_BUNDLE => {
-                    let method = Method(move |request| signer.get_bundle(&node, request));
+                    let method = Method(move |request| std::future::ready(signer.get_bundle(&node, request)));
                     limited(ProstCodec::default()).unary(method, request).await
                 }
                 other => Status::unimplemented(format!("the CA has no method `{other}`")).into_http(),
@@ -232,23 +195,29 @@ fn limited<C: tonic::codec::Codec>(codec: C) -> Grpc<C> {
 /// A function as a gRPC method.
 struct Method<F>(F);
 
-impl<M1, M2, F: FnMut(M1) -> Result<M2, Status>> Service<Request<M1>> for Method<F> {
+impl<M1, M2, F, A> Service<Request<M1>> for Method<F>
+where
+    F: FnMut(M1) -> A,
+    A: Future<Output = Result<M2, Status>> + Send + 'static,
+{
     type Response = Response<M2>;
     type Error = Status;
-    type Future = std::future::Ready<Result<Response<M2>, Status>>;
+    type Future = BoxFuture<'static, Result<Response<M2>, Status>>;
 
     fn poll_ready(&mut self, _cx: &mut Context<'_>) -> Poll<Result<(), Status>> {
         Poll::Ready(Ok(()))
     }
 
     fn call(&mut self, request: Request<M1>) -> Self::Future {
-        std::future::ready((self.0)(request.into_inner()).map(Response::new))
+        let answer = (self.0)(request.into_inner());
+        Box::pin(async move { answer.await.map(Response::new) })
     }
 }
 
 struct Signer {
     ca: Arc<Ca>,
-    tokens: Arc<JoinTokens>,
+    tokens: Option<Arc<JoinTokens>>,
+    accounts: Option<Accounts>,
     runs_on: RunsOn,
     poll: Duration,
     /// By node; bounded by the tokens that were made, since only their holders come so far.
@@ -257,30 +226,50 @@ struct Signer {
 
 impl Signer {
     /// The node that asks.
-    fn authenticate(&self, headers: &http::HeaderMap) -> Result<String, Status> {
+    async fn authenticate(&self, headers: &http::HeaderMap, peer: Option<Peer>) -> Result<String, Status> {
         let value = headers.get(http::header::AUTHORIZATION).and_then(|value| value.to_str().ok());
-        let token = value.and_then(|value| value.strip_prefix("Bearer ")).map(str::trim);
-        let token = token
-            .ok_or_else(|| Status::unauthenticated("no join token was sent; send `authorization: Bearer <token>`"))?;
-        let claims = self.tokens.verify(token, self.ca.clock().now()).map_err(|error| match error {
+        let token = value.and_then(|value| value.strip_prefix("Bearer ")).map(str::trim).filter(|t| !t.is_empty());
+        let token =
+            token.ok_or_else(|| Status::unauthenticated("no token was sent; send `authorization: Bearer <token>`"))?;
+        let node = match (&self.tokens, &self.accounts) {
+            (Some(tokens), accounts) if accounts.is_none() || Claims::read(token).is_ok() => {
+                self.join_token(tokens, token)?
+            }
+            (_, Some(accounts)) => {
+                // Without an address all share one place.
+                let peer = peer.map_or(IpAddr::from([0; 4]), |peer| peer.0);
+                accounts(token.to_owned(), peer).await.map_err(|refusal| match refusal {
+                    Refusal::Denied(why) => Status::unauthenticated(why),
+                    Refusal::TooOften(why) => Status::resource_exhausted(why),
+                    Refusal::Unavailable(why) => Status::unavailable(why),
+                })?
+            }
+            (_, None) => {
+                return Err(Status::unauthenticated("this controller takes no tokens; look how it was started"));
+            }
+        };
+        let now = Instant::now();
+        let mut limits = self.limits.lock().unwrap_or_else(PoisonError::into_inner);
+        if limits.entry(node.clone()).or_insert_with(|| Bucket::full(now)).take(now) {
+            return Ok(node);
+        }
+        Err(Status::resource_exhausted(format!(
+            "node `{node}` asks more than {NODE_PER_SECOND} times a second; ask later"
+        )))
+    }
+
+    fn join_token(&self, tokens: &JoinTokens, token: &str) -> Result<String, Status> {
+        let claims = tokens.verify(token, self.ca.clock().now()).map_err(|error| match error {
             TokenError::File(problem) => {
                 tracing::error!(%problem, "join tokens can't be judged, so all are refused");
                 Status::unavailable("the controller can't judge join tokens at present; see its log")
             }
             refused => Status::unauthenticated(refused.to_string()),
         })?;
-        let now = Instant::now();
-        let mut limits = self.limits.lock().unwrap_or_else(PoisonError::into_inner);
-        if limits.entry(claims.node.clone()).or_insert_with(|| Bucket::full(now)).take(now) {
-            return Ok(claims.node);
-        }
-        let node = &claims.node;
-        Err(Status::resource_exhausted(format!(
-            "node `{node}` asks more than {NODE_PER_SECOND} times a second; ask later"
-        )))
+        Ok(claims.node)
     }
 
-    fn create_certificate(&self, node: &str, request: CertificateRequest) -> Result<CertificateResponse, Status> {
+    async fn create_certificate(&self, node: &str, request: CertificateRequest) -> Result<CertificateResponse, Status> {
         let csr = VerifiedCsr::from_pem(&request.csr).map_err(|e: CsrError| Status::invalid_argument(e.to_string()))?;
         let identity = asked_identity(&request, &csr)?;
         if identity.trust_domain() != self.ca.trust_domain() {
@@ -288,7 +277,7 @@ impl Signer {
             let text = format!("`{identity}` is of trust domain `{theirs}`, and this CA signs for `{ours}`");
             return Err(Status::permission_denied(text));
         }
-        if !(self.runs_on)(node, &identity) {
+        if !(self.runs_on)(node, &identity).await {
             tracing::warn!(node, %identity, "a node has asked for an identity that does not run on it");
             let text = format!(
                 "no pod with `{identity}` runs on node `{node}`; it is signed as soon as the controller sees one"
@@ -399,13 +388,19 @@ impl Drop for Place {
 /// A TLS stream that tonic takes, with its place among the connections.
 struct Connection {
     stream: TlsStream<TcpStream>,
-    _place: Place,
+    place: Place,
 }
 
-impl Connected for Connection {
-    type ConnectInfo = ();
+/// Who asks.
+#[derive(Debug, Clone, Copy)]
+struct Peer(IpAddr);
 
-    fn connect_info(&self) {}
+impl Connected for Connection {
+    type ConnectInfo = Peer;
+
+    fn connect_info(&self) -> Peer {
+        Peer(self.place.address)
+    }
 }
 
 impl AsyncRead for Connection {

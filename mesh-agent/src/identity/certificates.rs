@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -55,7 +56,8 @@ struct Inner {
     authority: Arc<dyn Authority>,
     trust: ArcSwapOption<Trust>,
     trust_domains: Arc<[TrustDomain]>,
-    lifetime: Duration,
+    /// In milliseconds.
+    lifetime: AtomicU64,
     clock: Clock,
     requests: Semaphore,
     runtime: Handle,
@@ -100,6 +102,10 @@ struct Leaf {
     renew_at: SystemTime,
 }
 
+fn millis(time: Duration) -> u64 {
+    time.as_millis().try_into().unwrap_or(u64::MAX)
+}
+
 impl Certificates {
     /// With the CA in this process; runs it too. Must be called on the runtime that shall do the renewing.
     pub fn embedded(ca: Arc<Ca>, options: CertificateOptions) -> Self {
@@ -113,6 +119,11 @@ impl Certificates {
         Self::new(client, options)
     }
 
+    /// What is asked for from the next request on.
+    pub fn set_lifetime(&self, lifetime: Duration) {
+        self.inner.lifetime.store(millis(lifetime), Ordering::Relaxed);
+    }
+
     pub(super) fn new(authority: Arc<dyn Authority>, options: CertificateOptions) -> Self {
         let inner = Arc::new(Inner {
             ready: ArcSwap::default(),
@@ -120,7 +131,7 @@ impl Certificates {
             authority,
             trust: ArcSwapOption::empty(),
             trust_domains: options.trust_domains.into(),
-            lifetime: options.lifetime,
+            lifetime: AtomicU64::new(millis(options.lifetime)),
             clock: options.clock,
             requests: Semaphore::new(REQUESTS_AT_A_TIME),
             runtime: Handle::current(),
@@ -287,8 +298,9 @@ impl Inner {
     /// A new key, a request, the CA's answer, checked as a peer would check it.
     async fn obtain(&self, identity: &SpiffeId) -> Result<Leaf, String> {
         let _turn = self.requests.acquire().await.map_err(|e| e.to_string())?;
+        let lifetime = Duration::from_millis(self.lifetime.load(Ordering::Relaxed));
         let (key, csr) = csr::request(identity).map_err(|e| format!("can't make a key: {e}"))?;
-        let chain = self.authority.sign(identity, &csr, self.lifetime).await?;
+        let chain = self.authority.sign(identity, &csr, lifetime).await?;
         let now = self.clock.now();
         let trust = self.trust().ok_or("the CA has signed but named no root; look at the controller's version")?;
         let signed_for = trust.verify(&chain, now).map_err(|e| {

@@ -1,8 +1,8 @@
 //! One issuing certificate with its key: made by us, or brought by the user, and checked whole before it signs.
-//! In: PEM files named as in Istio's `cacerts`. Out: chains for workloads and for the controller's own port.
+//! In: PEM texts named as in Istio's `cacerts`. Out: chains for workloads and for the controller's own port.
 
 use std::net::IpAddr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -15,8 +15,9 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 use super::bundle::{BundleError, certificate_pem, certificates_from_pem, sha256_hex};
+use super::material::{self, Material, Pems};
 use super::{Bundle, Trust, csr};
-use crate::lifecycle::files::{self, FileError};
+use crate::lifecycle::files::FileError;
 use crate::model::{SpiffeId, TrustDomain};
 
 pub const CA_CERT: &str = "ca-cert.pem";
@@ -37,30 +38,34 @@ const CLOCK_SKEW: Duration = Duration::from_secs(300);
 pub enum IssuerError {
     #[error(transparent)]
     File(#[from] FileError),
-    #[error("{}: {source}", path.display())]
-    Certificates { path: PathBuf, source: BundleError },
-    #[error("{}: certificate {index} is no X.509 certificate ({problem}); write it again in PEM", path.display())]
-    Parse { path: PathBuf, index: usize, problem: String },
-    #[error("{}: it holds no private key that can sign (ECDSA P-256 or P-384, RSA, Ed25519, in PEM): {problem}", path.display())]
-    Key { path: PathBuf, problem: String },
-    #[error("{}: the key does not belong to the certificate in {}; bring the pair that was made together", key.display(), cert.display())]
-    KeyMismatch { key: PathBuf, cert: PathBuf },
-    #[error("{}: `{subject}` may not sign certificates; bring one with the CA flag and the usage keyCertSign", path.display())]
-    NoCa { path: PathBuf, subject: String },
-    #[error("{}: `{subject}` has expired at {at}; bring a new one", path.display())]
-    Expired { path: PathBuf, subject: String, at: String },
-    #[error("{}: `{subject}` is valid only from {at} on; check this machine's clock", path.display())]
-    NotYetValid { path: PathBuf, subject: String, at: String },
-    #[error("{}: `{subject}` allows {allowed} CA certificates below it, and {below} are; bring a chain that fits", path.display())]
-    PathLength { path: PathBuf, subject: String, allowed: u32, below: usize },
-    #[error("{}: it must begin with the certificate of {CA_CERT}, then what signed it", .0.display())]
-    ChainStart(PathBuf),
-    #[error("{}: `{subject}` is not signed by `{issuer}`, which follows it; put the issuers in order", path.display())]
-    ChainBroken { path: PathBuf, subject: String, issuer: String },
-    #[error("{}: no root in it has signed `{subject}`; add the root that has", path.display())]
-    NoRoot { path: PathBuf, subject: String },
-    #[error("{}: a workload certificate signed by it is refused by the roots of {ROOT_CERT} ({problem}); check its path length, usages and name constraints", path.display())]
-    Unusable { path: PathBuf, problem: String },
+    #[error("{0} is not there; write it, or delete the Secret to have a CA made")]
+    NoKey(String),
+    #[error("{path}: {source}")]
+    Certificates { path: String, source: BundleError },
+    #[error("{path}: certificate {index} is no X.509 certificate ({problem}); write it again in PEM")]
+    Parse { path: String, index: usize, problem: String },
+    #[error("{path}: it holds no private key that can sign (ECDSA P-256 or P-384, RSA, Ed25519, in PEM): {problem}")]
+    Key { path: String, problem: String },
+    #[error("{key}: the key does not belong to the certificate in {cert}; bring the pair that was made together")]
+    KeyMismatch { key: String, cert: String },
+    #[error("{path}: `{subject}` may not sign certificates; bring one with the CA flag and the usage keyCertSign")]
+    NoCa { path: String, subject: String },
+    #[error("{path}: `{subject}` has expired at {at}; bring a new one")]
+    Expired { path: String, subject: String, at: String },
+    #[error("{path}: `{subject}` is valid only from {at} on; check this machine's clock")]
+    NotYetValid { path: String, subject: String, at: String },
+    #[error("{path}: `{subject}` allows {allowed} CA certificates below it, and {below} are; bring a chain that fits")]
+    PathLength { path: String, subject: String, allowed: u32, below: usize },
+    #[error("{0}: it must begin with the certificate of {CA_CERT}, then what signed it")]
+    ChainStart(String),
+    #[error("{path}: `{subject}` is not signed by `{issuer}`, which follows it; put the issuers in order")]
+    ChainBroken { path: String, subject: String, issuer: String },
+    #[error("{path}: no root in it has signed `{subject}`; add the root that has")]
+    NoRoot { path: String, subject: String },
+    #[error(
+        "{path}: a workload certificate signed by it is refused by the roots of {ROOT_CERT} ({problem}); check its path length, usages and name constraints"
+    )]
+    Unusable { path: String, problem: String },
     #[error("can't make a certificate: {0}")]
     Make(#[from] rcgen::Error),
 }
@@ -75,53 +80,42 @@ pub struct SigningCa {
     pub chain_not_after: SystemTime,
     /// When the last root that this chain ends in expires.
     pub root_not_after: SystemTime,
-    dir: PathBuf,
+    pub(super) material: Material,
 }
 
 impl SigningCa {
     /// Makes a root and an intermediate and writes them to `dir`.
     pub fn create(dir: &Path, trust_domain: &TrustDomain, now: SystemTime) -> Result<(), IssuerError> {
-        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
-        let params = ca_params(trust_domain, "root", &key, BasicConstraints::Constrained(1), now, now + ROOT_LIFE);
-        let root_key = key.serialize_pem();
-        let root = CertifiedIssuer::self_signed(params, key)?;
-        files::create_private_dir(dir)?;
-        files::write_private(&dir.join(ROOT_KEY), root_key.as_bytes())?;
-        files::write_private(&dir.join(ROOT_CERT), root.pem().as_bytes())?;
-        create_intermediate(dir, trust_domain, &root, now)
+        Ok(material::write(dir, &new_root(trust_domain, now)?)?)
     }
 
     /// Makes a new intermediate in `dir` under the root of `old`.
     pub fn create_under(
         dir: &Path,
-        old: &Path,
+        old: &Material,
         trust_domain: &TrustDomain,
         now: SystemTime,
     ) -> Result<(), IssuerError> {
-        let (root_key, root_cert) = (files::read(&old.join(ROOT_KEY))?, files::read(&old.join(ROOT_CERT))?);
-        let root = certificates_from_pem(&root_cert).ok().and_then(|all| all.into_iter().next());
-        let root =
-            root.ok_or_else(|| IssuerError::Certificates { path: old.join(ROOT_CERT), source: BundleError::Empty })?;
-        let issuer = Issuer::from_ca_cert_der(&root, read_key(&old.join(ROOT_KEY))?)?;
-        files::create_private_dir(dir)?;
-        files::write_private(&dir.join(ROOT_KEY), root_key.as_bytes())?;
-        files::write_private(&dir.join(ROOT_CERT), root_cert.as_bytes())?;
-        create_intermediate(dir, trust_domain, &issuer, now)
+        Ok(material::write(dir, &new_intermediate(old, trust_domain, now)?)?)
     }
 
     /// Reads `dir` and checks it whole.
     pub fn load(dir: &Path, trust_domain: &TrustDomain, now: SystemTime) -> Result<Self, IssuerError> {
+        Self::of(Material::Directory(dir.to_owned()), trust_domain, now)
+    }
+
+    /// Checks `material` whole.
+    pub(super) fn of(material: Material, trust_domain: &TrustDomain, now: SystemTime) -> Result<Self, IssuerError> {
         let [cert_path, key_path, chain_path, root_path] =
-            [CA_CERT, CA_KEY, CERT_CHAIN, ROOT_CERT].map(|name| dir.join(name));
-        let cert = read_certificates(&cert_path)?.swap_remove(0);
-        let key = read_key(&key_path)?;
-        let roots = Bundle::new(read_certificates(&root_path)?)
+            [CA_CERT, CA_KEY, CERT_CHAIN, ROOT_CERT].map(|name| material.place(name));
+        let cert = read_certificates(&material, CA_CERT)?.swap_remove(0);
+        let key = read_key(&material, CA_KEY)?;
+        let roots = Bundle::new(read_certificates(&material, ROOT_CERT)?)
             .map_err(|source| IssuerError::Certificates { path: root_path.clone(), source })?;
-        let mut chain = match read_certificates(&chain_path) {
-            Ok(chain) => chain,
-            // Right where a root has signed it directly; anything else fails below.
-            Err(IssuerError::File(e)) if e.is_missing() => vec![cert.clone()],
-            Err(e) => return Err(e),
+        // Without a chain it is right where a root has signed it directly; anything else fails below.
+        let mut chain = match material.find(CERT_CHAIN)? {
+            Some(_) => read_certificates(&material, CERT_CHAIN)?,
+            None => vec![cert.clone()],
         };
         if chain.first() != Some(&cert) {
             return Err(IssuerError::ChainStart(chain_path));
@@ -162,7 +156,7 @@ impl SigningCa {
             roots: roots.roots().to_vec(),
             chain_not_after,
             root_not_after,
-            dir: dir.to_owned(),
+            material,
         };
         ca.try_out(roots, trust_domain, now).map_err(|problem| IssuerError::Unusable { path: cert_path, problem })?;
         Ok(ca)
@@ -235,10 +229,30 @@ impl SigningCa {
     pub fn not_after(&self) -> SystemTime {
         self.chain_not_after.min(self.root_not_after)
     }
+}
 
-    pub fn dir(&self) -> &Path {
-        &self.dir
-    }
+/// A root and an intermediate.
+pub(super) fn new_root(trust_domain: &TrustDomain, now: SystemTime) -> Result<Pems, IssuerError> {
+    let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+    let params = ca_params(trust_domain, "root", &key, BasicConstraints::Constrained(1), now, now + ROOT_LIFE);
+    let root_key = key.serialize_pem();
+    let root = CertifiedIssuer::self_signed(params, key)?;
+    let mut pems = vec![(ROOT_KEY, root_key), (ROOT_CERT, root.pem())];
+    pems.extend(intermediate(trust_domain, &root, now)?);
+    Ok(pems)
+}
+
+/// The root of `old`, and a new intermediate under it.
+pub(super) fn new_intermediate(
+    old: &Material,
+    trust_domain: &TrustDomain,
+    now: SystemTime,
+) -> Result<Pems, IssuerError> {
+    let root = read_certificates(old, ROOT_CERT)?.swap_remove(0);
+    let issuer = Issuer::from_ca_cert_der(&root, read_key(old, ROOT_KEY)?)?;
+    let mut pems = vec![(ROOT_KEY, old.read(ROOT_KEY)?), (ROOT_CERT, old.read(ROOT_CERT)?)];
+    pems.extend(intermediate(trust_domain, &issuer, now)?);
+    Ok(pems)
 }
 
 fn ca_params(
@@ -263,41 +277,34 @@ fn ca_params(
     params
 }
 
-fn create_intermediate(
-    dir: &Path,
-    trust_domain: &TrustDomain,
-    root: &Issuer<'_, KeyPair>,
-    now: SystemTime,
-) -> Result<(), IssuerError> {
+fn intermediate(trust_domain: &TrustDomain, root: &Issuer<'_, KeyPair>, now: SystemTime) -> Result<Pems, IssuerError> {
     let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
     let params =
         ca_params(trust_domain, "intermediate", &key, BasicConstraints::Constrained(0), now, now + INTERMEDIATE_LIFE);
     let pem = certificate_pem(params.signed_by(&key, root)?.der());
-    files::write_private(&dir.join(CA_KEY), key.serialize_pem().as_bytes())?;
-    files::write_private(&dir.join(CA_CERT), pem.as_bytes())?;
-    files::write_private(&dir.join(CERT_CHAIN), pem.as_bytes())?;
-    Ok(())
+    // The chain last: a directory that has it is whole.
+    Ok(vec![(CA_KEY, key.serialize_pem()), (CA_CERT, pem.clone()), (CERT_CHAIN, pem)])
 }
 
-fn read_certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, IssuerError> {
-    let failed = |source| IssuerError::Certificates { path: path.to_owned(), source };
-    let found = certificates_from_pem(&files::read(path)?).map_err(failed)?;
+pub(super) fn read_certificates(material: &Material, name: &str) -> Result<Vec<CertificateDer<'static>>, IssuerError> {
+    let failed = |source| IssuerError::Certificates { path: material.place(name), source };
+    let found = certificates_from_pem(&material.read(name)?).map_err(failed)?;
     if found.is_empty() { Err(failed(BundleError::Empty)) } else { Ok(found) }
 }
 
-fn read_key(path: &Path) -> Result<KeyPair, IssuerError> {
-    let failed = |problem: String| IssuerError::Key { path: path.to_owned(), problem };
-    let der = PrivateKeyDer::from_pem_slice(files::read(path)?.as_bytes()).map_err(|e| failed(e.to_string()))?;
+pub(super) fn read_key(material: &Material, name: &str) -> Result<KeyPair, IssuerError> {
+    let failed = |problem: String| IssuerError::Key { path: material.place(name), problem };
+    let der = PrivateKeyDer::from_pem_slice(material.read(name)?.as_bytes()).map_err(|e| failed(e.to_string()))?;
     KeyPair::try_from(&der).map_err(|e| failed(e.to_string()))
 }
 
-fn parse<'a>(path: &Path, index: usize, der: &'a [u8]) -> Result<X509Certificate<'a>, IssuerError> {
+fn parse<'a>(path: &str, index: usize, der: &'a [u8]) -> Result<X509Certificate<'a>, IssuerError> {
     let failed = |problem: String| IssuerError::Parse { path: path.to_owned(), index: index + 1, problem };
     X509Certificate::from_der(der).map(|(_, parsed)| parsed).map_err(|e| failed(e.to_string()))
 }
 
 /// Checks the flag, the usage and the time; answers with the end of its life.
-fn check_ca(path: &Path, parsed: &X509Certificate<'_>, now: SystemTime) -> Result<SystemTime, IssuerError> {
+fn check_ca(path: &str, parsed: &X509Certificate<'_>, now: SystemTime) -> Result<SystemTime, IssuerError> {
     let (path, subject) = (path.to_owned(), parsed.subject().to_string());
     let usage = parsed.key_usage().ok().flatten().is_none_or(|usage| usage.value.key_cert_sign());
     if !parsed.is_ca() || !usage {
@@ -314,7 +321,7 @@ fn check_ca(path: &Path, parsed: &X509Certificate<'_>, now: SystemTime) -> Resul
 }
 
 /// webpki does not look at a root's path length, but other peers of HBONE do.
-fn check_path_length(path: &Path, parsed: &X509Certificate<'_>, below: usize) -> Result<(), IssuerError> {
+fn check_path_length(path: &str, parsed: &X509Certificate<'_>, below: usize) -> Result<(), IssuerError> {
     let constraints = parsed.basic_constraints().ok().flatten();
     match constraints.and_then(|constraints| constraints.value.path_len_constraint) {
         Some(allowed) if below > allowed as usize => {

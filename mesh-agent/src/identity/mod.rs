@@ -7,11 +7,14 @@ mod ca_client;
 mod ca_server;
 mod certificates;
 mod csr;
+mod document;
 mod issuer;
 mod join_token;
+mod material;
 mod root_rotation;
 mod rotation;
 mod rpc;
+mod serving;
 #[cfg(test)]
 mod testing;
 mod tls;
@@ -26,14 +29,18 @@ use crate::model::SpiffeId;
 
 pub use crate::lifecycle::files::FileError;
 pub use authority::{Ca, CaError, CaOptions, DEFAULT_LIFETIME, MIN_LIFETIME, trusted_roots};
-pub use bundle::{Bundle, BundleError};
+pub use bundle::{Bundle, BundleError, sha256_hex};
 pub use ca_client::{CA_ROOT, CA_ROOT_KEY, CaClient, CaClientError, CaClientOptions, Credential};
-pub use ca_server::{CONTROLLER_NAME, CaServerError, CaServerOptions, DEFAULT_PORT, RunsOn, bind, serve};
+pub use ca_server::{
+    Accounts, CONTROLLER_NAME, CaServerError, CaServerOptions, DEFAULT_PORT, Refusal, RunsOn, bind, serve,
+};
 pub use certificates::{CertificateOptions, Certificates};
 pub use csr::{CsrError, VerifiedCsr};
+pub use document::{Document, Next};
 pub use issuer::IssuerError;
 pub use join_token::{Claims, DEFAULT_TOKEN_LIFE, JoinTokens, TokenError};
 pub use rotation::Clock;
+pub use serving::server_tls;
 /// Makes our cryptography the process's default, for what is configured elsewhere (gRPC).
 pub fn install_provider() {
     // A second call finds the first's, which is the same.

@@ -2,12 +2,10 @@
 //! process reads.
 
 pub mod files;
-mod pod_dir;
 mod private_socket;
 mod readiness;
 mod signal;
 
-pub use pod_dir::PodDir;
 pub use private_socket::{KeptFile, PrivateSocket};
 pub use readiness::{BlockReady, Readiness};
 pub use signal::{Signals, Stop};

@@ -3,6 +3,7 @@
 
 mod authorization;
 mod identity;
+mod node_pods;
 mod problem;
 mod service;
 mod snapshot;
@@ -12,6 +13,7 @@ pub use authorization::{
     Action, AuthorizationPolicy, IpBlock, Match, MtlsMode, MtlsModes, PortMatch, Rule, StringMatch, WorkloadPolicies,
 };
 pub use identity::{IdentityError, SpiffeId, TrustDomain};
+pub use node_pods::{NodePod, NodePods, Standing};
 pub use problem::{ObjectRef, Problem, Severity};
 pub use service::{Algorithm, Endpoint, Scope, Service, ServicePort};
 pub use snapshot::{MeshSettings, OutboundPolicy, Snapshot, SnapshotParts, Target};

@@ -57,13 +57,43 @@ impl Cgroup {
     }
 }
 
+/// The cgroup in `root` (a whole cgroup2 hierarchy) of the kubelet that runs in this network namespace; `proc` is the
+/// node's /proc. `None` where there is none, or where it is in one with its pods: these could then pose as it.
+pub fn kubelet_cgroup(proc: &Path, root: &Path) -> Option<PathBuf> {
+    let here = fs::metadata("/proc/self/ns/net").ok()?;
+    let kubelet = fs::read_dir(proc).ok()?.flatten().map(|entry| entry.path()).find(|process| {
+        let name = fs::read_to_string(process.join("comm")).unwrap_or_default();
+        KUBELETS.contains(&name.trim_end())
+            && fs::metadata(process.join("ns/net")).is_ok_and(|m| (m.dev(), m.ino()) == (here.dev(), here.ino()))
+    })?;
+    let text = fs::read_to_string(kubelet.join("cgroup")).ok()?;
+    let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
+    // In a cgroup namespace of our own it is told from where we are.
+    let base = if path.starts_with("..") { folder_of(root, &std::process::id().to_string())? } else { root.to_owned() };
+    let folder = fs::canonicalize(base.join(path)).ok()?;
+    let holds_pods = |f: &Path| {
+        fs::read_dir(f).into_iter().flatten().flatten().any(|e| e.file_name().to_string_lossy().starts_with("kubepods"))
+    };
+    (folder.join("cgroup.type").exists() && !holds_pods(&folder)).then_some(folder)
+}
+
+/// What the program that runs kubelet's code calls itself: kubelet, k3s, MicroK8s.
+const KUBELETS: [&str; 4] = ["kubelet", "k3s-server", "k3s-agent", "kubelite"];
+
+/// The folder in `folder` that holds the process.
+fn folder_of(folder: &Path, pid: &str) -> Option<PathBuf> {
+    if fs::read_to_string(folder.join("cgroup.procs")).unwrap_or_default().lines().any(|line| line == pid) {
+        return Some(folder.to_owned());
+    }
+    let folders =
+        fs::read_dir(folder).into_iter().flatten().flatten().filter(|e| e.file_type().is_ok_and(|t| t.is_dir()));
+    folders.into_iter().find_map(|entry| folder_of(&entry.path(), pid))
+}
+
 /// Looks for the process in the folder's tree. /proc/self/cgroup would say where it is, but in the terms of the process's
 /// own cgroup namespace, which the folder may be above.
 fn is_in_tree(folder: &Path, pid: &str) -> bool {
-    let procs = fs::read_to_string(folder.join("cgroup.procs")).unwrap_or_default();
-    let folders = || fs::read_dir(folder).into_iter().flatten().flatten();
-    procs.lines().any(|line| line == pid)
-        || folders().any(|entry| entry.file_type().is_ok_and(|t| t.is_dir()) && is_in_tree(&entry.path(), pid))
+    folder_of(folder, pid).is_some()
 }
 
 /// The first cgroup2 mount in the text of /proc/mounts. Hybrid machines have it at /sys/fs/cgroup/unified.

@@ -20,14 +20,12 @@ const LOG_ALL: u8 = 5;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Globals {
     pub node_netns: u64,
-    /// 0: none.
-    pub probe_cgroup: u64,
     pub kernel_log: bool,
 }
 
 /// Names the combination of object, globals and the cgroup it is attached to. Not for security: FNV-1a.
 pub fn fingerprint(globals: &Globals, cgroup: u64) -> u64 {
-    let values = [globals.node_netns, globals.probe_cgroup, u64::from(globals.kernel_log), cgroup];
+    let values = [globals.node_netns, u64::from(globals.kernel_log), cgroup];
     let bytes = values.iter().flat_map(|value| value.to_le_bytes());
     OBJECT
         .iter()
@@ -65,7 +63,6 @@ impl Loader {
             // The programs use no type of the kernel's.
             .btf(None)
             .override_global(global::NODE_NETNS, &globals.node_netns, true)
-            .override_global(global::PROBE_CGROUP, &globals.probe_cgroup, true)
             .override_global(global::LOG_LEVEL, &LOG_LEVELS[usize::from(globals.kernel_log)], true)
             .map_max_entries(map::ORIG_DST, options.original_dst_entries);
         for name in map::ALL {
@@ -120,12 +117,11 @@ mod tests {
 
     #[test]
     fn every_part_makes_another_fingerprint() {
-        let base = Globals { node_netns: 1, probe_cgroup: 2, kernel_log: false };
+        let base = Globals { node_netns: 1, kernel_log: false };
         let all = [
             fingerprint(&base, 3),
             fingerprint(&base, 4),
             fingerprint(&Globals { node_netns: 2, ..base }, 3),
-            fingerprint(&Globals { probe_cgroup: 3, ..base }, 3),
             fingerprint(&Globals { kernel_log: true, ..base }, 3),
         ];
         for (i, one) in all.iter().enumerate() {

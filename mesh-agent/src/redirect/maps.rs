@@ -64,6 +64,7 @@ pub struct Maps {
     pub pod_addrs: Map<Ip, u32>,
     pub orig_dst: Map<SockTuple, Addr>,
     pub attested: Map<SockTuple, Attested>,
+    pub probe_cgroups: Map<u64, u32>,
     /// Keyed by a socket's file descriptor in this process.
     pub own: Map<RawFd, u32>,
     /// Values are file descriptors of listening sockets in this process.
@@ -81,6 +82,7 @@ impl Maps {
             pod_addrs: Map::open(pins, map::POD_ADDRS)?,
             orig_dst: Map::open(pins, map::ORIG_DST)?,
             attested: Map::open(pins, map::ATTESTED)?,
+            probe_cgroups: Map::open(pins, map::PROBE_CGROUPS)?,
             own: Map::open(pins, map::OWN)?,
             listeners: Map::open(pins, map::LISTENERS)?,
             counts: Map::open(pins, map::COUNTS)?,

@@ -25,6 +25,7 @@ use std::sync::{Mutex, PoisonError};
 use mesh_common::{ATTESTED_TTL_NANOS, COUNTERS, Event, ORIG_DST_ENTRIES, program};
 
 pub use error::RedirectError;
+pub use host::kubelet_cgroup;
 pub use mesh_common::{HBONE_PORT, MESH_V6_PREFIX_LEN, OUTBOUND_PORT, PLAIN_PORT};
 
 use enroll::Pods;
@@ -212,7 +213,9 @@ impl Redirect {
     /// Loads, pins and attaches the programs, or takes over what an earlier agent of this node pinned. To be called in
     /// the node's own network namespace.
     pub fn start(options: &Options) -> Result<Self, RedirectError> {
-        Self::prepare(options)?.begin()
+        let redirect = Self::prepare(options)?.begin()?;
+        redirect.let_probe(options.probe_cgroup.as_deref())?;
+        Ok(redirect)
     }
 
     /// The first half of `start`, which another agent of this node may still be running by: its programs and what is in the
@@ -220,13 +223,8 @@ impl Redirect {
     pub fn prepare(options: &Options) -> Result<Prepared, RedirectError> {
         host::check_capabilities()?;
         let cgroup = Cgroup::for_programs(options.cgroup.as_deref())?;
-        let probe_cgroup = options.probe_cgroup.as_deref().map(Cgroup::open).transpose()?;
         let node_netns = sys::current_netns_cookie().map_err(|source| RedirectError::NetnsCookie { source })?;
-        let globals = Globals {
-            node_netns,
-            probe_cgroup: probe_cgroup.map_or(0, |cgroup| cgroup.id),
-            kernel_log: options.kernel_log,
-        };
+        let globals = Globals { node_netns, kernel_log: options.kernel_log };
         let pins = Pins::new(options, load::fingerprint(&globals, cgroup.id))?;
         host::ensure_bpffs(&options.bpffs)?;
         let is_first = !pins.exist()?;
@@ -241,6 +239,20 @@ impl Redirect {
     /// Takes away programs of other agents: one that was to take this one's place has not come about.
     pub fn stay(&self) -> Result<(), RedirectError> {
         remove_others(&self.pins)
+    }
+
+    /// From now on the processes in this cgroup, and in none else, may probe pods; to be called again when the folder may
+    /// be another under the same name, as after a restart of kubelet. Changes nothing where it is the same.
+    pub fn let_probe(&self, cgroup: Option<&Path>) -> Result<(), RedirectError> {
+        let wanted = cgroup.map(Cgroup::open).transpose()?.map(|cgroup| cgroup.id);
+        let known = self.maps.probe_cgroups.keys()?;
+        for id in wanted.iter().filter(|id| !known.contains(id)) {
+            self.maps.probe_cgroups.set(id, &1)?;
+        }
+        for id in known.iter().filter(|id| wanted != Some(**id)) {
+            self.maps.probe_cgroups.remove(id)?;
+        }
+        Ok(())
     }
 
     /// Takes a pod in: sk_lookup first, the ENROLLED entry last. Calling it again replaces listeners (after a restart).

@@ -5,6 +5,7 @@
 //! `workloads` decides who is in the mesh, `policies` which rules hold for whom, `services` what is behind a name.
 //! Goes out: `SnapshotParts` for the data path, every Problem, and the memory for the next translation.
 
+mod candidate;
 mod istio;
 mod kubernetes;
 mod manifest;
@@ -17,12 +18,13 @@ mod workloads;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+pub use candidate::{Candidate, NamespaceMode, NoCandidate};
 pub use manifest::{Unreadable, closed, parse};
 pub use object::{Key, Object};
 
-use crate::model::{MeshSettings, ObjectRef, OutboundPolicy, Problem, Severity, SnapshotParts, TrustDomain};
+use crate::model::{MeshSettings, NodePods, ObjectRef, OutboundPolicy, Problem, Severity, SnapshotParts, TrustDomain};
 use istio::{AuthorizationPolicy, PeerAuthentication};
-use kubernetes::{EndpointSlice, Namespace, Node, Pod, Service};
+use kubernetes::{EndpointSlice, Namespace, Node, Pod, RuntimeClass, Service};
 use report::Report;
 
 /// What the translation needs to know of the mesh besides its objects.
@@ -38,6 +40,8 @@ pub struct Settings {
     /// Whether `istio.io/dataplane-mode` is read too.
     pub istio_labels: bool,
     pub outbound: OutboundPolicy,
+    /// The node whose pods are told of in `Translation::node_pods`.
+    pub node: Option<Arc<str>>,
     /// Standalone mode: the node whose pods must name their network namespace.
     pub standalone_node: Option<Arc<str>>,
     /// Standalone mode, where no controller makes EndpointSlices: a Service that has none gets its endpoints from the
@@ -55,6 +59,7 @@ impl Settings {
             root_namespace: "istio-system".into(),
             istio_labels: false,
             outbound: OutboundPolicy::AllowAny,
+            node: None,
             standalone_node: None,
             endpoints_from_pods: false,
         }
@@ -84,6 +89,7 @@ struct Good {
 #[derive(Debug)]
 pub struct Translation {
     pub parts: SnapshotParts,
+    pub node_pods: NodePods,
     /// Sorted, each once.
     pub problems: Vec<Problem>,
     pub memory: Memory,
@@ -95,6 +101,7 @@ enum Parsed {
     Namespace(Namespace),
     Node(Node),
     Pod(Pod),
+    RuntimeClass(RuntimeClass),
     Service(Service),
     EndpointSlice(EndpointSlice),
     PeerAuthentication(PeerAuthentication),
@@ -109,6 +116,7 @@ struct Objects<'a> {
     namespaces: Vec<In<'a, Namespace>>,
     nodes: Vec<In<'a, Node>>,
     pods: Vec<In<'a, Pod>>,
+    runtime_classes: Vec<In<'a, RuntimeClass>>,
     services: Vec<In<'a, Service>>,
     slices: Vec<In<'a, EndpointSlice>>,
     peer_authentications: Vec<In<'a, PeerAuthentication>>,
@@ -157,10 +165,17 @@ pub fn translate(settings: &Settings, objects: &[Object], before: &Memory) -> Tr
             }
         }
     }
-    let parts = put_together(settings, &memory, &stand_ins, &mut problems);
+    let (parts, node_pods) = put_together(settings, &memory, &stand_ins, &mut problems);
     problems.sort();
     problems.dedup();
-    Translation { parts, problems, memory }
+    Translation { parts, node_pods, problems, memory }
+}
+
+/// What is wrong with an object by itself. Nothing is said of what is in force in its place: that depends on what was good.
+pub fn judge(object: &Object) -> Vec<Problem> {
+    let mut report = Report::of(object);
+    let _ = parse_object(object, &mut report);
+    report.into_problems()
 }
 
 /// What becomes of an object that cannot be read and never could.
@@ -194,6 +209,7 @@ fn parse_object(object: &Object, report: &mut Report) -> Option<Result<Parsed, B
         ("", "Pod") => plain(kubernetes::pod(object, report), Parsed::Pod),
         ("", "Service") => plain(kubernetes::service(object, report), Parsed::Service),
         ("", "ServiceAccount") => plain(kubernetes::service_account(object, report), |()| Parsed::Nothing),
+        ("node.k8s.io", "RuntimeClass") => plain(kubernetes::runtime_class(object, report), Parsed::RuntimeClass),
         ("discovery.k8s.io", "EndpointSlice") => {
             known_version(&["v1"], report);
             plain(kubernetes::endpoint_slice(object, report), Parsed::EndpointSlice)
@@ -253,7 +269,7 @@ fn put_together(
     memory: &Memory,
     stand_ins: &[(Arc<ObjectRef>, Parsed)],
     problems: &mut Vec<Problem>,
-) -> SnapshotParts {
+) -> (SnapshotParts, NodePods) {
     let mut all = Objects::default();
     let good = memory.good.values().map(|g| (g.object.reference(), &*g.parsed));
     for (at, parsed) in good.chain(stand_ins.iter().map(|(at, parsed)| (at, parsed))) {
@@ -261,6 +277,7 @@ fn put_together(
             Parsed::Namespace(is) => all.namespaces.push(In { at, is }),
             Parsed::Node(is) => all.nodes.push(In { at, is }),
             Parsed::Pod(is) => all.pods.push(In { at, is }),
+            Parsed::RuntimeClass(is) => all.runtime_classes.push(In { at, is }),
             Parsed::Service(is) => all.services.push(In { at, is }),
             Parsed::EndpointSlice(is) => all.slices.push(In { at, is }),
             Parsed::PeerAuthentication(is) => all.peer_authentications.push(In { at, is }),
@@ -271,12 +288,12 @@ fn put_together(
     // Those that stand in came last; where they come in a pod's list must not depend on it.
     all.authorization_policies.sort_by_key(|p| (&p.is.policy.namespace, &p.is.policy.name));
     let places = workloads::places(&all.nodes);
-    let members = workloads::members(settings, &all, problems);
+    let (members, node_pods) = workloads::members(settings, &all, problems);
     let drafts = services::drafts(settings, &all, &members, &places, problems);
     let workloads = workloads::build(settings, &all, &members, &drafts, &places, problems);
     let services = services::build(drafts, &workloads);
     let mesh = MeshSettings { trust_domain: settings.trust_domain.clone(), outbound: settings.outbound };
-    SnapshotParts { settings: mesh, workloads, services }
+    (SnapshotParts { settings: mesh, workloads, services }, node_pods)
 }
 
 #[cfg(test)]

@@ -81,7 +81,7 @@ impl Object {
 
 /// Whether objects of this API group are read by the mesh, now or later.
 pub(super) fn is_ours(group: &str) -> bool {
-    matches!(group, "" | "discovery.k8s.io") || is_mesh_api(group)
+    matches!(group, "" | "discovery.k8s.io" | "node.k8s.io") || is_mesh_api(group)
 }
 
 /// The Istio API and the Gateway API.
@@ -96,6 +96,7 @@ fn collect(file: &str, path: &str, value: Value, depth: usize, objects: &mut Vec
     let core = matches!(api_version.as_str(), "v1");
     let namespace = match metadata("namespace") {
         _ if core && WITHOUT_NAMESPACE.contains(&kind.as_str()) => "",
+        _ if kind == "RuntimeClass" && api_version.starts_with("node.k8s.io/") => "",
         "" => "default",
         given => given,
     };

@@ -5,11 +5,11 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::kubernetes::{Node, Pod};
+use super::kubernetes::{Node, Pod, RuntimeClass};
 use super::policies::{MtlsPolicies, Policies};
 use super::services::Draft;
 use super::{In, Objects, Settings, problem};
-use crate::model::{Locality, Problem, Severity, SpiffeId, Transport, Workload};
+use crate::model::{Locality, NodePod, NodePods, Problem, Severity, SpiffeId, Standing, Transport, Workload};
 
 /// Where each node is.
 pub(super) type Places<'a> = HashMap<&'a str, &'a Locality>;
@@ -34,10 +34,21 @@ pub(super) fn places<'a>(nodes: &[In<'a, Node>]) -> Places<'a> {
     nodes.iter().map(|n| (n.is.name.as_str(), &n.is.locality)).collect()
 }
 
-/// The pods that are reached at an address of their own; the others take no part.
-pub(super) fn members<'a>(settings: &Settings, all: &Objects<'a>, problems: &mut Vec<Problem>) -> Vec<Member<'a>> {
+/// The pods that are reached at an address of their own, the others take no part; and what is to be said of those of this
+/// node.
+pub(super) fn members<'a>(
+    settings: &Settings,
+    all: &Objects<'a>,
+    problems: &mut Vec<Problem>,
+) -> (Vec<Member<'a>>, NodePods) {
     let istio = settings.istio_labels;
     let namespaces: HashMap<&str, _> = all.namespaces.iter().map(|n| (n.is.name.as_str(), n.is.mode)).collect();
+    let enabled_namespaces = namespaces
+        .iter()
+        .filter(|(_, mode)| mode.enabled(istio) == Some(true))
+        .map(|(name, _)| Arc::from(*name))
+        .collect();
+    let mut node_pods = NodePods { enabled_namespaces, pods: BTreeMap::new() };
     let mut present: Vec<(&In<'a, Pod>, Membership)> = Vec::new();
     for pod in all.pods.iter().filter(|p| !p.is.ended) {
         let own = pod.is.mode;
@@ -46,15 +57,27 @@ pub(super) fn members<'a>(settings: &Settings, all: &Objects<'a>, problems: &mut
         // What the pod says itself needs no namespace; what is not clear is not said.
         let clear =
             own.is_clear(istio) && (own.enabled(istio).is_some() || namespace.is_some_and(|m| m.is_clear(istio)));
-        let mode = Membership { enrolled: enabled.unwrap_or(false), said: enabled.is_some() && clear };
-        if pod.is.host_network {
-            // It has the node's address and no network of its own: what it sends cannot be told from the node's.
-            if mode.enrolled {
-                let message = "a pod in the host's network cannot be in the mesh and stays out of it: \
-                               remove hostNetwork, or label the pod nodemesh.io/mode: disabled";
-                problems.push(problem(Severity::Warning, pod.at, "spec.hostNetwork", message));
-            }
-        } else if !pod.is.addresses.is_empty() {
+        let mut mode = Membership { enrolled: enabled.unwrap_or(false), said: enabled.is_some() && clear };
+        let refusal = refusal(pod.is, &all.runtime_classes).filter(|_| mode.enrolled);
+        if let Some((field, message)) = &refusal {
+            problems.push(problem(Severity::Warning, pod.at, field, message.as_str()));
+            // Others reach it as a pod outside of the mesh.
+            mode = Membership { enrolled: false, said: true };
+        }
+        if settings.node.as_deref().is_some_and(|node| *node == *pod.is.node) {
+            let standing = match refusal {
+                Some((_, message)) => Standing::Refused(message),
+                None if mode.enrolled => Standing::Enabled,
+                None if mode.said => Standing::Outside,
+                None => Standing::Unclear,
+            };
+            let shown = pod.is.shown.clone();
+            let (namespace, name) = (pod.is.namespace.as_str().into(), pod.is.name.as_str().into());
+            let known = NodePod { namespace, name, standing, shown };
+            node_pods.pods.insert(uid(pod.is).into(), known);
+        }
+        // In the host's network it has the node's address: what it sends cannot be told from the node's.
+        if !pod.is.host_network && !pod.is.addresses.is_empty() {
             present.push((pod, mode));
         }
     }
@@ -75,7 +98,35 @@ pub(super) fn members<'a>(settings: &Settings, all: &Objects<'a>, problems: &mut
         }
     }
     members.sort_by_key(|m| (&m.pod.namespace, &m.pod.name));
-    members
+    (members, node_pods)
+}
+
+/// Why a pod cannot be in the mesh: the field, and one sentence.
+fn refusal(pod: &Pod, classes: &[In<'_, RuntimeClass>]) -> Option<(&'static str, String)> {
+    if pod.host_network {
+        let message = "a pod in the host's network cannot be in the mesh and stays out of it: \
+                       remove hostNetwork, or label the pod nodemesh.io/mode: disabled";
+        return Some(("spec.hostNetwork", message.to_owned()));
+    }
+    let class = &pod.runtime_class;
+    // A class that is not known is judged by its name, which usually is that of its handler.
+    let handler = classes.iter().find(|c| c.is.name == *class).map_or(class, |c| &c.is.handler);
+    let lower = handler.to_lowercase();
+    let sandbox = match () {
+        () if lower.contains("runsc") || lower.contains("gvisor") => "gVisor",
+        () if lower.starts_with("kata") => "Kata Containers",
+        () => return None,
+    };
+    let message = format!(
+        "a pod that {sandbox} runs (runtime class {class}) cannot be in the mesh and stays out of it, for its connections \
+         are not made in the node's kernel: remove runtimeClassName, or label the pod nodemesh.io/mode: disabled"
+    );
+    Some(("spec.runtimeClassName", message))
+}
+
+/// By what the pod is known, where no other has the same.
+fn uid(pod: &Pod) -> String {
+    if pod.uid.is_empty() { format!("{}/{}", pod.namespace, pod.name) } else { pod.uid.clone() }
 }
 
 /// What only one pod can have, and who has it.
@@ -106,7 +157,7 @@ impl<'a> Claims<'a> {
             }
         }
         let own_name = name(pod.is);
-        let mut uid = if pod.is.uid.is_empty() { own_name.clone() } else { pod.is.uid.clone() };
+        let mut uid = uid(pod.is);
         let owner = *self.uids.entry(uid.clone()).or_insert(pod.is);
         if !std::ptr::eq(owner, pod.is) {
             let owner = name(owner);

@@ -445,6 +445,14 @@ fn only_probes_of_the_probe_cgroup_reach_the_app() {
     assert_eq!(node.counter("passed", "attested"), 2);
     wait_for("the entries to go with their sockets", || map_keys(&node, mesh_common::map::ATTESTED) == 0);
     assert_eq!(node.redirect().sweep().unwrap(), 0);
+    // kubelet has been restarted, and its cgroup is another now.
+    let to = pod.v4_port(PORT);
+    let next = Cgroup::new();
+    node.redirect().let_probe(Some(&next.path)).unwrap();
+    assert!(call_in_cgroup(&next.path, &node.netns, to).starts_with("app "));
+    assert!(call_in_cgroup(&cgroup.path, &node.netns, to).starts_with("plain "));
+    node.redirect().let_probe(None).unwrap();
+    assert!(call_in_cgroup(&next.path, &node.netns, to).starts_with("plain "));
 }
 
 #[test]

@@ -20,6 +20,7 @@ const KUBERNETES: &str = "v1.36.3";
 const CONTAINERD: &str = "v2.4.2";
 const ETCD: &str = "v3.6.5";
 pub const COREDNS: &str = "v1.15.0";
+const HELM: &str = "v4.3.1";
 /// Raised when PAUSE changes.
 const PAUSE_VERSION: &str = "v1";
 
@@ -117,6 +118,26 @@ const PARTS: &[Part] = &[
     },
 ];
 
+/// No cluster needs it: it checks the chart.
+const HELM_PART: Part = Part {
+    name: "helm",
+    module: "helm.sh/helm/v4",
+    version: HELM,
+    programs: &[("helm.sh/helm/v4/cmd/helm", "helm")],
+    tags: "",
+    stamps: &[("helm.sh/helm/v4/internal/version.version", HELM)],
+};
+
+/// Servers and clients that Kubernetes itself is tested with: they speak what its probes speak.
+const AGNHOST_PART: Part = Part {
+    name: "agnhost",
+    module: "k8s.io/kubernetes",
+    version: KUBERNETES,
+    programs: &[("k8s.io/kubernetes/test/images/agnhost", "agnhost")],
+    tags: "",
+    stamps: &[],
+};
+
 /// Where the programs of a cluster are.
 pub struct Programs {
     cache: PathBuf,
@@ -140,14 +161,37 @@ fn folder_of(part: &Part) -> String {
 
 /// Builds what the cache does not hold yet.
 pub fn ensure() -> Result<Programs> {
-    let cache = cache_folder(|name| std::env::var_os(name).map(PathBuf::from))?;
-    fs::create_dir_all(&cache)
-        .with_context(|| format!("cannot make {}: name another folder in {CACHE_VARIABLE}", cache.display()))?;
+    let cache = make_cache()?;
     for part in PARTS {
-        kept(&cache, &folder_of(part), |target| build(part, &cache.join("src").join(part.name), target))?;
+        ensure_part(&cache, part)?;
     }
     kept(&cache, &format!("pause-{PAUSE_VERSION}"), |target| build_pause(&cache.join("src/pause"), target))?;
     Ok(Programs { cache })
+}
+
+/// Helm, built if the cache does not hold it yet.
+pub fn ensure_helm() -> Result<PathBuf> {
+    let cache = make_cache()?;
+    ensure_part(&cache, &HELM_PART)?;
+    Ok(cache.join(folder_of(&HELM_PART)).join("helm"))
+}
+
+/// Kubernetes's test server, built if the cache does not hold it yet.
+pub fn ensure_agnhost() -> Result<PathBuf> {
+    let cache = make_cache()?;
+    ensure_part(&cache, &AGNHOST_PART)?;
+    Ok(cache.join(folder_of(&AGNHOST_PART)).join("agnhost"))
+}
+
+fn make_cache() -> Result<PathBuf> {
+    let cache = cache_folder(|name| std::env::var_os(name).map(PathBuf::from))?;
+    fs::create_dir_all(&cache)
+        .with_context(|| format!("cannot make {}: name another folder in {CACHE_VARIABLE}", cache.display()))?;
+    Ok(cache)
+}
+
+fn ensure_part(cache: &Path, part: &Part) -> Result<()> {
+    kept(cache, &folder_of(part), |target| build(part, &cache.join("src").join(part.name), target))
 }
 
 /// Where the cache is, without building anything.

@@ -10,9 +10,9 @@ use anyhow::{Context as _, Result};
 use super::build::{self, Programs};
 use super::command::wait_until;
 use super::components::{import, kubectl};
-use super::image;
 use super::layout::{Cluster, DNS, NODES};
 use super::up::READY;
+use crate::image::oci;
 
 /// Brings the image onto the nodes, the objects to the API server, and waits until one pod answers.
 pub fn ensure(cluster: &Cluster, programs: &Programs) -> Result<()> {
@@ -22,7 +22,8 @@ pub fn ensure(cluster: &Cluster, programs: &Programs) -> Result<()> {
     // The archive is there when it was imported.
     if !archive.exists() {
         let unfinished: PathBuf = archive.with_extension("part");
-        fs::write(&unfinished, image::archive(&image, &programs.path("coredns"))?).context("cannot write the image")?;
+        fs::write(&unfinished, oci::of_program(&image, &programs.path("coredns"))?)
+            .context("cannot write the image")?;
         for node in NODES {
             import(cluster, programs, node, &unfinished)?;
         }

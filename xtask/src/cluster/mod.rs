@@ -10,10 +10,11 @@ mod command;
 mod components;
 mod dns;
 mod down;
-mod image;
 mod layout;
+mod load;
 mod network;
 mod process;
+pub mod stage;
 mod status;
 mod up;
 
@@ -25,6 +26,8 @@ use anyhow::{Context as _, Result, bail};
 use clap::Subcommand;
 use rustix::fs::{FlockOperation, flock};
 
+pub use self::build::ensure_helm;
+pub use self::command::output;
 use self::layout::Cluster;
 use crate::run::is_root;
 
@@ -55,8 +58,12 @@ enum Action {
     /// Bring a static program as an image onto every node, for pods with `imagePullPolicy: Never`
     Load {
         /// For example nodemesh.invalid/web:1
-        image: String,
-        program: PathBuf,
+        #[arg(required_unless_present = "archive", requires = "program")]
+        image: Option<String>,
+        program: Option<PathBuf>,
+        /// An OCI archive that is an image already, such as `cargo xtask image` makes
+        #[arg(long, value_name = "FILE", conflicts_with = "image")]
+        archive: Option<PathBuf>,
     },
     /// End the cluster and remove all that it has made
     Down,
@@ -77,9 +84,13 @@ pub fn run(arguments: &Arguments) -> Result<()> {
             need_root("status")?;
             status::run(&cluster)
         }
-        Action::Load { image, program } => {
+        Action::Load { image, program, archive } => {
             need_root("load")?;
-            up::load(&cluster, image, program)
+            match (archive, image, program) {
+                (Some(archive), ..) => load::archive(&cluster, archive),
+                (None, Some(image), Some(program)) => load::program(&cluster, image, program),
+                (None, ..) => bail!("name an image and a program, or an archive with --archive"),
+            }
         }
         Action::Down => {
             need_root("down")?;

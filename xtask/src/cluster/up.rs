@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
@@ -12,7 +11,8 @@ use super::command::{self, check_interrupt, take_interrupt, wait_until};
 use super::components::{self, Component, PAUSE_IMAGE};
 use super::layout::{CONTROL, Cluster, NODES, Node};
 use super::process::{self, HOLDER, Recorded};
-use super::{certificates, cgroups, dns, down, image, lock, network};
+use super::{certificates, cgroups, dns, down, lock, network};
+use crate::image::oci;
 use crate::setup;
 
 /// For one program to become ready: a second or two on a free machine.
@@ -58,7 +58,7 @@ fn bring_up(cluster: &Cluster, programs: &Programs) -> Result<()> {
         ensure(cluster, programs, &component)?;
     }
     let pause = cluster.folder().join("pause.tar");
-    fs::write(&pause, image::archive(PAUSE_IMAGE, &programs.pause())?)
+    fs::write(&pause, oci::of_program(PAUSE_IMAGE, &programs.pause())?)
         .context("cannot write to the cluster's folder")?;
     for node in NODES {
         cgroups::ensure(&format!("{}/system", cluster.cgroup(node.name)))?;
@@ -94,7 +94,7 @@ pub fn is_node_ready(cluster: &Cluster, programs: &Programs, node: Node) -> bool
 }
 
 /// Does it, and says how long it took.
-fn step(what: &str, act: impl FnOnce() -> Result<()>) -> Result<()> {
+pub fn step(what: &str, act: impl FnOnce() -> Result<()>) -> Result<()> {
     check_interrupt()?;
     let start = Instant::now();
     act().with_context(|| format!("step {what:?} failed"))?;
@@ -152,20 +152,4 @@ fn write_kubectl(cluster: &Cluster, programs: &Programs) -> Result<()> {
         .and_then(|()| fs::write(&path, script))
         .and_then(|()| fs::set_permissions(&path, fs::Permissions::from_mode(0o755)))
         .with_context(|| format!("cannot write {}", path.display()))
-}
-
-/// `cluster load`.
-pub fn load(cluster: &Cluster, image: &str, program: &Path) -> Result<()> {
-    command::watch_interrupt()?;
-    if !network::is_whole(cluster) {
-        bail!("cluster {} does not run: `cargo xtask cluster up` starts it", cluster.name());
-    }
-    let programs = build::cached()?;
-    let _lock = lock(cluster)?;
-    let archive = cluster.folder().join("load.tar");
-    fs::write(&archive, image::archive(image, program)?).context("cannot write to the cluster's folder")?;
-    for node in NODES {
-        step(&format!("{} {image}", node.name), || components::import(cluster, &programs, node, &archive))?;
-    }
-    fs::remove_file(&archive).context("cannot remove the archive from the cluster's folder")
 }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! layer 5   bin  cli  app                               may import all; imported by none
-//! layer 4   proxy/{outbound,inbound,gateway}  dns  admin  handover
+//! layer 4   proxy/{outbound,inbound,gateway}  dns  admin  controller  cni  pod_status  handover
 //! layer 3   proxy/{accept,detect,transport,connections}  enrollment  redirect  discovery  identity
 //! layer 2   translate  proxy/{policy,route,balance}     pure
 //! layer 1   api_server  telemetry  lifecycle  config  proxy/error   used by 3 and 4; never by 0 and 2
@@ -19,6 +19,9 @@ const PARTS: &[(&str, u8)] = &[
     ("proxy/gateway", 4),
     ("dns", 4),
     ("admin", 4),
+    ("controller", 4),
+    ("cni", 4),
+    ("pod_status", 4),
     ("handover", 4),
     ("proxy/worker", 4),
     ("proxy/application", 4),

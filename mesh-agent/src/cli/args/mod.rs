@@ -9,17 +9,14 @@ use clap::{Arg, ArgAction, ArgMatches, Command};
 use super::exit::{Failure, from_clap};
 use crate::config::duration;
 use crate::config::{
-    Cleanup, ConfigError, Controller, Kind, Machine, Node, Origin, Role, SETTINGS, Setting, Written, pod_dir,
+    Cleanup, ConfigError, Controller, Kind, Live, Machine, Node, Origin, Role, SETTINGS, Setting, Written,
 };
-use crate::lifecycle::PodDir;
 
 /// What the user wants, all settings checked.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Wish {
-    Node(Box<Node>),
+    Node(Box<Node>, Box<Live>),
     Cleanup(Cleanup),
-    /// Say whether the agent of this pod is ready, for kubelet.
-    IsReady(PodDir),
     Controller(Controller),
     Token {
         controller: Controller,
@@ -53,13 +50,6 @@ pub(super) fn command() -> Command {
                 .long("cleanup")
                 .action(ArgAction::SetTrue)
                 .help("Remove all that an agent of this node left in the kernel, then exit"),
-        )
-        .arg(
-            Arg::new("is-ready")
-                .long("is-ready")
-                .action(ArgAction::SetTrue)
-                .conflicts_with("cleanup")
-                .help("Exit with 0 if the agent of this pod is ready (kubelet's probe)"),
         );
     let token = Command::new("token")
         .about("Print a token with which one node may join")
@@ -136,12 +126,14 @@ pub(super) fn parse(
     match matches.subcommand() {
         Some(("node", matches)) => {
             let written = gather(matches, Role::Node, &variable)?;
-            if matches.get_flag("is-ready") {
-                return Ok(Wish::IsReady(pod_dir(&written)?));
-            }
+            let mut laid = Written::default();
+            lay_over(&mut laid, SETTINGS.iter().filter(|s| s.roles.contains(&Role::Node)), matches, &variable);
             match matches.get_flag("cleanup") {
                 true => Ok(Wish::Cleanup(Cleanup::check(&written, machine)?)),
-                false => Ok(Wish::Node(Box::new(Node::check(&written, machine)?))),
+                false => {
+                    let node = Node::check(&written, machine)?;
+                    Ok(Wish::Node(Box::new(node), Box::new(Live::new(laid, written, machine.clone()))))
+                }
             }
         }
         Some(("controller", matches)) => {

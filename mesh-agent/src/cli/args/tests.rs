@@ -21,7 +21,7 @@ fn wish(line: &str, variables: &[(&str, &str)]) -> anyhow::Result<Wish> {
 
 fn node(line: &str, variables: &[(&str, &str)]) -> Node {
     match wish(&format!("node --config-dir / {line}"), variables).unwrap() {
-        Wish::Node(node) => *node,
+        Wish::Node(node, _) => *node,
         other => panic!("{other:?}"),
     }
 }
@@ -41,10 +41,10 @@ fn the_defaults() {
             source: Source::Directory(PathBuf::from("/")),
             state_dir: PathBuf::from("/var/lib/nodemesh"),
             admin_socket: PathBuf::from("/run/nodemesh/admin.sock"),
+            cni: None,
             workers: 4,
             drain_timeout: Duration::from_secs(5),
-            take_over: false,
-            pod_dir: None,
+            upgrade_drain: Duration::from_secs(3600),
             ca: CertificateAuthority::Embedded,
             cert_lifetime: Duration::from_secs(24 * 3600),
             trust_domain: TrustDomain::new("cluster.local").unwrap(),
@@ -57,6 +57,7 @@ fn the_defaults() {
             cgroup: None,
             probe_cgroup: None,
             host_proc: "/proc".into(),
+            take_over: false,
             kernel_log: false,
             orig_dst_entries: 65536,
             metrics_address: "0.0.0.0:15020".parse().unwrap(),
@@ -244,15 +245,6 @@ fn wrong_commands() {
 }
 
 #[test]
-fn kubelet_asks_whether_the_agent_of_this_pod_is_ready() {
-    let dir = tempfile::tempdir().unwrap();
-    let asked = wish(&format!("node --is-ready --pod-dir {}", dir.path().display()), &[]).unwrap();
-    assert_eq!(asked, Wish::IsReady(PodDir::new(dir.path())));
-    let error = wish("node --is-ready", &[]).unwrap_err().to_string();
-    assert!(error.contains("--is-ready needs --pod-dir"), "{error}");
-}
-
-#[test]
 fn an_agent_with_a_ca_of_its_own_takes_nothing_over() {
     let error = wish("node --take-over --embedded-ca --config-dir / --node-name a", &[]).unwrap_err().to_string();
     assert!(error.contains("--take-over and --embedded-ca exclude each other"), "{error}");
@@ -265,6 +257,8 @@ fn cleanup_needs_neither_a_ca_nor_manifests() {
         bpffs: PathBuf::from("/sys/fs/bpf"),
         cgroup: None,
         admin_socket: PathBuf::from("/run/nodemesh/admin.sock"),
+        state_dir: PathBuf::from("/var/lib/nodemesh"),
+        cni: None,
         logging: Logging { filter: "info".to_owned(), format: LogFormat::Text },
     };
     assert_eq!(wish("node --cleanup --node-name b", &[]).unwrap(), Wish::Cleanup(expected));

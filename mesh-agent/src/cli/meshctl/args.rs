@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use clap::{Arg, ArgAction, ArgMatches, Command};
 
+use super::cluster::{self, Access};
+use super::cluster_args;
 use crate::cli::args::{lay_over, plain_flag};
 use crate::cli::exit::{Failure, from_clap};
 use crate::config::{Analysis, Cleanup, Machine, Origin, Setting, Written};
@@ -17,15 +19,33 @@ pub(super) struct Wish {
     pub(super) namespace: Option<String>,
     /// Never empty.
     pub(super) sockets: Vec<PathBuf>,
+    pub(super) place: Place,
+    pub(super) access: Access,
+    /// Only the agent of this node.
+    pub(super) node: Option<String>,
+}
+
+/// Where the agents are that are asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Place {
+    /// Behind sockets of this machine.
+    Here,
+    /// In a cluster.
+    Cluster,
+    /// Here, where there is one; else in the cluster that a kubeconfig names.
+    WhereItIs,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Task {
     Show(Page),
+    /// Whether the agent of this very pod serves and is ready.
+    Ready,
     /// Show the level, or set it.
     Log(Option<String>),
     Analyze(Analysis),
     Uninstall(Cleanup),
+    Cluster(cluster::Task),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,7 +72,8 @@ const SOCKET_VARIABLE: &str = "NODEMESH_ADMIN_SOCKET";
 
 const FOOTER: &str = "\
 meshctl asks the agent of this machine over its admin socket, as root. With
---socket given several times it asks several agents and shows them together.";
+--socket given several times it asks several agents and shows them together.
+Where no agent runs here, or with --kubernetes, it asks those of a cluster.";
 
 const PAGES: [(&str, Page, &str); 8] = [
     ("status", Page::Status, "How the agent is"),
@@ -74,6 +95,8 @@ fn command() -> Command {
     let log = Command::new("log")
         .about("Show the agent's log level, or change it while it runs")
         .arg(Arg::new("level").value_name("LEVEL").help("error, warn, info, debug, trace, off, or target=level,..."));
+    // For the probe of the agent's container, and scripts that wait for an agent.
+    let ready = Command::new("ready").about("Succeed if the agent is ready").hide(true);
     let analyze = Command::new("analyze")
         .about("Check a directory of manifests; needs no agent")
         .arg(namespace())
@@ -85,10 +108,11 @@ fn command() -> Command {
             _ => plain_flag(setting),
         }));
     let uninstall = Command::new("uninstall")
-        .about("Take everything of this node's agent out of the kernel")
-        .args(named(&CLEANUP_SETTINGS).map(plain_flag));
+        .about("Remove the mesh: from a cluster with --kubernetes, else from this node's kernel")
+        .args(named(&CLEANUP_SETTINGS).map(plain_flag))
+        .args(cluster_args::uninstall());
     Command::new("meshctl")
-        .about("Look into a Nodemesh agent")
+        .about("Install Nodemesh, and look into it")
         .version(env!("CARGO_PKG_VERSION"))
         .max_term_width(80)
         .subcommand_required(true)
@@ -113,8 +137,11 @@ fn command() -> Command {
                 .global(true)
                 .help("table, wide (nothing cut off) or json [default: table]"),
         )
+        .args(cluster_args::access())
+        .subcommands(cluster_args::commands())
         .subcommands(pages)
         .subcommand(log)
+        .subcommand(ready)
         .subcommand(analyze)
         .subcommand(uninstall)
 }
@@ -141,20 +168,31 @@ pub(super) fn parse(
         Ok(matches) => matches,
         Err(error) => return Ok(Err(from_clap(&error, "meshctl --help")?)),
     };
-    let (name, inner) = matches.subcommand().expect("clap wants a subcommand");
+    let (name, outer) = matches.subcommand().expect("clap wants a subcommand");
+    let inner = outer.subcommand().map_or(outer, |(_, inner)| inner);
     let output = match inner.get_one::<String>("output").map(String::as_str) {
         Some("json") => Output::Json,
         Some("wide") => Output::Wide,
         _ => Output::Table,
     };
-    let sockets: Vec<PathBuf> = match inner.get_many::<String>("socket") {
-        Some(paths) => paths.map(PathBuf::from).collect(),
-        None => vec![variable(SOCKET_VARIABLE).unwrap_or_else(|| DEFAULT_SOCKET.to_owned()).into()],
+    let given = inner.get_many::<String>("socket").map(|paths| paths.map(PathBuf::from).collect());
+    let given = given.or_else(|| Some(vec![PathBuf::from(variable(SOCKET_VARIABLE)?)]));
+    let node = inner.get_one::<String>("node").cloned();
+    let place = match (inner.get_flag("kubernetes") || node.is_some(), &given) {
+        (true, _) => Place::Cluster,
+        (false, Some(_)) => Place::Here,
+        (false, None) => Place::WhereItIs,
     };
-    let task = match (name, PAGES.iter().find(|(page, ..)| *page == name)) {
-        (_, Some((_, page, _))) => Task::Show(*page),
-        ("log", None) => Task::Log(log_level(inner)?),
-        ("analyze", None) => {
+    let sockets: Vec<PathBuf> = given.unwrap_or_else(|| vec![DEFAULT_SOCKET.into()]);
+    let task = cluster_args::task(name, outer, place)?;
+    let mesh_is_named = task.is_some();
+    let access = cluster_args::access_of(inner, mesh_is_named, &variable);
+    let task = match (task, name, PAGES.iter().find(|(page, ..)| *page == name)) {
+        (Some(task), ..) => Task::Cluster(task),
+        (None, _, Some((_, page, _))) => Task::Show(*page),
+        (None, "ready", None) => Task::Ready,
+        (None, "log", None) => Task::Log(log_level(inner)?),
+        (None, "analyze", None) => {
             let mut written = Written::default();
             lay_over(&mut written, named(&ANALYZE_SETTINGS), inner, &variable);
             Task::Analyze(Analysis::check(&written)?)
@@ -162,7 +200,7 @@ pub(super) fn parse(
         _ => Task::Uninstall(uninstall(inner, &sockets, variable, machine)?),
     };
     let namespace = inner.try_get_one::<String>("namespace").ok().flatten().cloned();
-    Ok(Ok(Wish { task, output, namespace, sockets }))
+    Ok(Ok(Wish { task, output, namespace, sockets, place, access, node }))
 }
 
 fn log_level(matches: &ArgMatches) -> Result<Option<String>, Failure> {

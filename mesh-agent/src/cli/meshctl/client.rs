@@ -1,4 +1,4 @@
-//! One question, one answer, over an agent's admin socket.
+//! One question, one answer: over an agent's admin socket, or by the meshctl in its pod.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -11,11 +11,17 @@ use hyper_util::rt::TokioIo;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
+use super::cluster::remote::{self, Pod};
 use crate::admin::views::LoggingView;
 use crate::cli::exit::{Exit, Failure};
 
-pub(super) struct Client {
-    socket: PathBuf,
+pub(super) enum Client {
+    Socket(Socket),
+    Pod(Pod),
+}
+
+pub(super) struct Socket {
+    path: PathBuf,
 }
 
 /// An agent that is busy answers within milliseconds; one that hangs should be said to hang.
@@ -25,19 +31,31 @@ const MAX_ANSWER: usize = 512 * 1024 * 1024;
 
 impl Client {
     pub(super) fn new(socket: &Path) -> Self {
-        Self { socket: socket.to_owned() }
+        Self::Socket(Socket { path: socket.to_owned() })
     }
 
     pub(super) async fn get<T: DeserializeOwned>(&self, page: &str) -> Result<T, Failure> {
-        self.ask(Method::GET, page).await
+        match self {
+            Self::Socket(socket) => socket.ask(Method::GET, page).await,
+            Self::Pod(pod) => match page {
+                "/logging" => remote::ask(pod, &["log"]).await,
+                // `/config_dump` is `config-dump`.
+                page => remote::ask(pod, &[&page.trim_start_matches('/').replace('_', "-")]).await,
+            },
+        }
     }
 
     pub(super) async fn set_log_level(&self, level: &str) -> Result<LoggingView, Failure> {
-        self.ask(Method::PUT, &format!("/logging?level={level}")).await
+        match self {
+            Self::Socket(socket) => socket.ask(Method::PUT, &format!("/logging?level={level}")).await,
+            Self::Pod(pod) => remote::ask(pod, &["log", level]).await,
+        }
     }
+}
 
+impl Socket {
     async fn ask<T: DeserializeOwned>(&self, method: Method, page: &str) -> Result<T, Failure> {
-        let socket = self.socket.display();
+        let socket = self.path.display();
         let (status, body) = tokio::time::timeout(TIMEOUT, self.exchange(method, page)).await.map_err(|_| {
             Failure::unavailable(format!("the agent on {socket} did not answer {page} within {TIMEOUT:?}; see its log"))
         })??;
@@ -54,9 +72,9 @@ impl Client {
     }
 
     async fn exchange(&self, method: Method, page: &str) -> Result<(StatusCode, Bytes), Failure> {
-        let stream = UnixStream::connect(&self.socket).await.map_err(|e| self.unreachable(&e))?;
+        let stream = UnixStream::connect(&self.path).await.map_err(|e| self.unreachable(&e))?;
         let broken = |e: &dyn std::fmt::Display| {
-            Failure::unavailable(format!("the agent on {} broke off: {e}; see its log", self.socket.display()))
+            Failure::unavailable(format!("the agent on {} broke off: {e}; see its log", self.path.display()))
         };
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| broken(&e))?;
@@ -81,7 +99,7 @@ impl Client {
     }
 
     fn unreachable(&self, error: &io::Error) -> Failure {
-        let socket = self.socket.display();
+        let socket = self.path.display();
         match error.kind() {
             io::ErrorKind::PermissionDenied => {
                 Failure::no_permission(format!("may not open {socket}; ask as root, for example with sudo"))

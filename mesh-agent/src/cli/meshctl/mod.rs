@@ -1,20 +1,26 @@
-//! `meshctl`: asks the admin sockets of one or several agents and shows what they say.
+//! `meshctl`: asks one or several agents and shows what they say, by their admin sockets or in a cluster; installs,
+//! checks, upgrades and removes the mesh in a cluster.
 
 mod analyze;
 mod args;
+mod chart;
 mod client;
+mod cluster;
+mod cluster_args;
 mod layout;
 mod lists;
 mod status;
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::io::{self, IsTerminal, Write};
 
+use futures_util::StreamExt;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use self::args::{Output, Page, Task, Wish};
+use self::args::{Output, Page, Place, Task, Wish};
 use self::client::Client;
 use self::layout::{Screen, Table};
 use super::cleanup::cleanup;
@@ -44,14 +50,28 @@ struct Answer<T> {
 }
 
 async fn perform(wish: Wish, screen: Screen, out: &mut impl Write) -> anyhow::Result<()> {
-    let Wish { task, output, namespace, sockets } = wish;
+    let Wish { task, output, namespace, sockets, place, access, node } = wish;
     match &task {
+        Task::Cluster(task) => return cluster::perform(task, &access, output, screen, out).await,
         Task::Uninstall(config) => return cleanup(config, out),
         Task::Analyze(analysis) => return analyze::analyze(analysis, output, namespace.as_deref(), screen, out),
-        Task::Show(_) | Task::Log(_) => {}
+        Task::Show(_) | Task::Log(_) | Task::Ready => {}
     }
-    let (clients, missing) = connect(&sockets).await?;
-    let asked = Asked { clients, output, screen, namespace };
+    let in_cluster = match place {
+        Place::Here => false,
+        Place::Cluster => true,
+        Place::WhereItIs => {
+            !sockets.iter().any(|path| path.exists()) && access.is_known(|name| std::env::var(name).ok())
+        }
+    };
+    let (clients, missing) = match in_cluster {
+        true => {
+            let agents = cluster::remote::agents(&access, node.as_deref()).await?;
+            (agents.into_iter().map(|pod| (pod.node.clone(), Client::Pod(pod))).collect(), None)
+        }
+        false => connect(&sockets).await?,
+    };
+    let asked = Asked { clients, output, screen, namespace, missing: RefCell::new(missing) };
     match task {
         Task::Show(page) => match page {
             Page::Workloads => asked.list("/workloads", lists::workloads, |v| &v.namespace, out).await?,
@@ -85,21 +105,24 @@ async fn perform(wish: Wish, screen: Screen, out: &mut impl Write) -> anyhow::Re
                 print_json(&answers, out)?;
             }
         },
+        Task::Ready => {
+            let pod = std::env::var(crate::app::POD_NAME).ok();
+            for Answer { value, .. } in asked.get::<StatusView>("/status").await? {
+                is_ready(&value, pod.as_deref())?;
+            }
+        }
         Task::Log(None) => {
             let answers: Vec<Answer<LoggingView>> = asked.get("/logging").await?;
             asked.log_levels(&answers, "is", out)?;
         }
         Task::Log(Some(level)) => {
-            let mut answers = Vec::new();
-            for (node, client) in &asked.clients {
-                answers.push(Answer { node: node.clone(), value: client.set_log_level(&level).await? });
-            }
+            let answers = asked.each(|client| client.set_log_level(&level)).await?;
             asked.log_levels(&answers, "is now", out)?;
         }
-        Task::Analyze(_) | Task::Uninstall(_) => {}
+        Task::Analyze(_) | Task::Uninstall(_) | Task::Cluster(_) => {}
     }
     out.flush()?;
-    match missing {
+    match asked.missing.into_inner() {
         Some(failure) => Err(failure.into()),
         None => Ok(()),
     }
@@ -126,20 +149,60 @@ async fn connect(sockets: &[std::path::PathBuf]) -> anyhow::Result<(Vec<(String,
     }
 }
 
+/// While one agent of a node takes over from another, the one that is asked may be the other.
+fn is_ready(status: &StatusView, pod: Option<&str>) -> Result<(), Failure> {
+    match &status.pod {
+        Some(serving) if pod.is_some_and(|pod| pod != serving) => {
+            Err(Failure::unavailable(format!("the agent of pod {serving} still serves this node")))
+        }
+        _ if status.ready => Ok(()),
+        _ => Err(Failure::unavailable(format!("the agent waits for {}", status.waiting_for.join(", ")))),
+    }
+}
+
 struct Asked {
     clients: Vec<(String, Client)>,
     output: Output,
     screen: Screen,
     namespace: Option<String>,
+    /// Of the first that does not answer; told after the others' answers.
+    missing: RefCell<Option<Failure>>,
 }
+
+/// Agents that are asked at a time.
+const AT_ONCE: usize = 16;
 
 impl Asked {
     async fn get<T: DeserializeOwned>(&self, page: &str) -> Result<Vec<Answer<T>>, Failure> {
+        self.each(|client| client.get(page)).await
+    }
+
+    /// One answer from each agent that gives one, in order. None at all is a failure.
+    async fn each<'a, T, F>(&'a self, ask: impl Fn(&'a Client) -> F) -> Result<Vec<Answer<T>>, Failure>
+    where
+        F: Future<Output = Result<T, Failure>>,
+    {
+        let questions = self.clients.iter().map(|(node, client)| {
+            let answer = ask(client);
+            async move { (node, answer.await) }
+        });
+        let results: Vec<_> = futures_util::stream::iter(questions).buffered(AT_ONCE).collect().await;
         let mut answers = Vec::new();
-        for (node, client) in &self.clients {
-            answers.push(Answer { node: node.clone(), value: client.get(page).await? });
+        for (node, result) in results {
+            match result {
+                Ok(value) => answers.push(Answer { node: node.clone(), value }),
+                Err(failure) => {
+                    self.missing.borrow_mut().get_or_insert(failure);
+                }
+            }
         }
-        Ok(answers)
+        match self.missing.take() {
+            Some(failure) if answers.is_empty() => Err(failure),
+            missing => {
+                self.missing.replace(missing);
+                Ok(answers)
+            }
+        }
     }
 
     /// Pages that are lists: of all nodes in one table, or as JSON.

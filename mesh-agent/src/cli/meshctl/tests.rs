@@ -280,6 +280,7 @@ warning  shop.yaml:12: AuthorizationPolicy shop/only-web (on a)
 fn status() -> StatusView {
     StatusView {
         node: "a".to_owned(),
+        pod: None,
         version: "0.1.0".to_owned(),
         uptime_seconds: 90_061,
         ready: true,
@@ -588,4 +589,17 @@ async fn help_fits_eighty_columns() {
             assert!(line.chars().count() <= 80, "{line}");
         }
     }
+}
+
+#[test]
+fn ready_is_only_the_agent_of_the_asking_pod() {
+    let answer = |pod: Option<&str>, ready: bool| {
+        let waiting_for = if ready { vec![] } else { vec!["the pods of this node".to_owned()] };
+        StatusView { pod: pod.map(str::to_owned), ready, waiting_for, ..status() }
+    };
+    let why = |status: &StatusView, pod| is_ready(status, pod).map_err(|failure| failure.message);
+    assert_eq!(why(&answer(Some("new"), true), Some("new")), Ok(()));
+    assert_eq!(why(&answer(Some("old"), true), Some("new")), Err("the agent of pod old still serves this node".into()));
+    assert_eq!(why(&answer(Some("new"), false), Some("new")), Err("the agent waits for the pods of this node".into()));
+    assert_eq!(why(&answer(None, true), None), Ok(()), "outside of Kubernetes");
 }

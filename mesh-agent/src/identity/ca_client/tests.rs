@@ -32,12 +32,14 @@ impl Controller {
         let address = listener.local_addr().unwrap();
         let tokens = Arc::new(JoinTokens::open(dir).unwrap());
         let pods = HashMap::from([("node-a", id("web")), ("node-b", id("db"))]);
-        let runs_on: RunsOn = Arc::new(move |node, identity| pods.get(node) == Some(identity));
+        let runs_on: RunsOn =
+            Arc::new(move |node, identity| Box::pin(std::future::ready(pods.get(node) == Some(identity))));
         let options = CaServerOptions {
             listener,
             names: vec!["istiod.istio-system.svc".to_owned(), "127.0.0.1".to_owned()],
             ca: ca.clone(),
-            tokens: tokens.clone(),
+            tokens: Some(tokens.clone()),
+            accounts: None,
             runs_on,
             poll: Duration::from_secs(1),
         };

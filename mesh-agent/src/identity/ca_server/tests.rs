@@ -1,4 +1,8 @@
+use std::future::ready;
 use std::path::Path;
+use std::time::SystemTime;
+
+use rcgen::KeyPair;
 
 use super::super::csr;
 use super::super::rpc::{Struct, Value};
@@ -6,9 +10,16 @@ use super::super::testing::{id, open_ca};
 use super::*;
 
 fn signer(dir: &Path) -> Signer {
-    let tokens = Arc::new(JoinTokens::open(dir).unwrap());
-    let runs_on: RunsOn = Arc::new(|node, identity| node == "node-a" && *identity == id("web"));
-    Signer { ca: open_ca(dir), tokens, runs_on, poll: Duration::from_secs(60), limits: Mutex::default() }
+    let tokens = Some(Arc::new(JoinTokens::open(dir).unwrap()));
+    let runs_on: RunsOn = Arc::new(|node, identity| Box::pin(ready(node == "node-a" && *identity == id("web"))));
+    Signer {
+        ca: open_ca(dir),
+        tokens,
+        accounts: None,
+        runs_on,
+        poll: Duration::from_secs(60),
+        limits: Mutex::default(),
+    }
 }
 
 fn request(csr: String, named: Option<Value>) -> CertificateRequest {
@@ -26,20 +37,20 @@ fn nameless() -> String {
     rcgen::CertificateParams::default().serialize_request(&key).unwrap().pem().unwrap()
 }
 
-#[test]
-fn an_identity_may_be_named_in_the_request_or_in_the_metadata_or_both() {
+#[tokio::test]
+async fn an_identity_may_be_named_in_the_request_or_in_the_metadata_or_both() {
     let dir = tempfile::tempdir().unwrap();
     let signer = signer(dir.path());
     let (_, named) = csr::request(&id("web")).unwrap();
     for good in [request(nameless(), text(id("web"))), request(named.clone(), None), request(named, text(id("web")))] {
-        let chain = signer.create_certificate("node-a", good).unwrap().cert_chain;
+        let chain = signer.create_certificate("node-a", good).await.unwrap().cert_chain;
         assert_eq!(chain.len(), 3, "leaf, intermediate, roots");
         assert_eq!(*chain.last().unwrap(), signer.ca.bundle().pem());
     }
 }
 
-#[test]
-fn each_wrong_request_is_refused_with_its_reason() {
+#[tokio::test]
+async fn each_wrong_request_is_refused_with_its_reason() {
     let dir = tempfile::tempdir().unwrap();
     let signer = signer(dir.path());
     let (_, web) = csr::request(&id("web")).unwrap();
@@ -58,28 +69,59 @@ fn each_wrong_request_is_refused_with_its_reason() {
         ("node-a", request("x".repeat(20_000), text(id("web"))), InvalidArgument, "20000 bytes"),
     ];
     for (node, request, code, word) in table {
-        let status = signer.create_certificate(node, request).unwrap_err();
+        let status = signer.create_certificate(node, request).await.unwrap_err();
         assert_eq!(status.code(), code, "{}", status.message());
         assert!(status.message().contains(word), "{}", status.message());
     }
 }
 
-#[test]
-fn a_stranger_is_turned_away_by_the_header() {
+#[tokio::test]
+async fn a_stranger_is_turned_away_by_the_header() {
     let dir = tempfile::tempdir().unwrap();
     let signer = signer(dir.path());
     let soon = SystemTime::now() + Duration::from_secs(60);
-    let token = signer.tokens.issue("node-a", &[], soon).unwrap();
-    let ask = |value: &str| {
+    let token = signer.tokens.as_ref().unwrap().issue("node-a", &[], soon).unwrap();
+    let ask = async |value: &str| {
         let mut headers = http::HeaderMap::new();
         headers.insert("authorization", value.parse().unwrap());
-        signer.authenticate(&headers)
+        signer.authenticate(&headers, None).await
     };
-    assert_eq!(ask(&format!("Bearer {token}")).unwrap(), "node-a");
-    assert_eq!(signer.authenticate(&http::HeaderMap::new()).unwrap_err().code(), tonic::Code::Unauthenticated);
+    assert_eq!(ask(&format!("Bearer {token}")).await.unwrap(), "node-a");
+    let none = signer.authenticate(&http::HeaderMap::new(), None).await;
+    assert_eq!(none.unwrap_err().code(), tonic::Code::Unauthenticated);
     for value in ["", "Bearer", "Bearer ", &format!("Basic {token}"), &format!("Bearer {token}x")] {
-        assert_eq!(ask(value).unwrap_err().code(), tonic::Code::Unauthenticated, "{value}");
+        assert_eq!(ask(value).await.unwrap_err().code(), tonic::Code::Unauthenticated, "{value}");
     }
+}
+
+#[tokio::test]
+async fn tokens_of_both_kinds_are_told_apart_and_each_refusal_has_its_code() {
+    let dir = tempfile::tempdir().unwrap();
+    let accounts: Accounts = Arc::new(|token, _| {
+        Box::pin(ready(match token.as_str() {
+            "good" => Ok("node-b".to_owned()),
+            "often" => Err(Refusal::TooOften("later".to_owned())),
+            "away" => Err(Refusal::Unavailable("the API is away".to_owned())),
+            other => Err(Refusal::Denied(format!("`{other}` is not good"))),
+        }))
+    });
+    let both = Signer { accounts: Some(accounts.clone()), ..signer(dir.path()) };
+    let join = both.tokens.as_ref().unwrap().issue("node-a", &[], SystemTime::now() + Duration::from_secs(60)).unwrap();
+    let ask = async |signer: &Signer, token: &str| {
+        let mut headers = http::HeaderMap::new();
+        headers.insert("authorization", format!("Bearer {token}").parse().unwrap());
+        signer.authenticate(&headers, None).await.map_err(|status| status.code())
+    };
+    use tonic::Code::{ResourceExhausted, Unauthenticated, Unavailable};
+    assert_eq!(ask(&both, "good").await.unwrap(), "node-b");
+    assert_eq!(ask(&both, &join).await.unwrap(), "node-a");
+    for (token, code) in [("bad", Unauthenticated), ("often", ResourceExhausted), ("away", Unavailable)] {
+        assert_eq!(ask(&both, token).await.unwrap_err(), code, "{token}");
+    }
+    // Where no join tokens are made, one is a token like any other.
+    let only = Signer { tokens: None, ..both };
+    assert_eq!(ask(&only, &join).await.unwrap_err(), Unauthenticated);
+    assert_eq!(ask(&only, "good").await.unwrap(), "node-b");
 }
 
 #[test]

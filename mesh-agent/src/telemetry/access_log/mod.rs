@@ -7,6 +7,7 @@
 
 use std::cell::RefCell;
 use std::io::Write;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, SystemTime};
@@ -26,11 +27,16 @@ pub enum LogFormat {
 
 /// Writes access-log lines; shared by all workers.
 pub struct AccessLog {
-    format: LogFormat,
-    /// `None`: switched off.
+    /// One of `OFF`, `TEXT`, `JSON`.
+    form: AtomicU8,
+    /// `None`: there is nothing to write to.
     queue: Option<Arc<Queue>>,
     dropped: IntCounter,
 }
+
+const OFF: u8 = 0;
+const TEXT: u8 = 1;
+const JSON: u8 = 2;
 
 /// About ten thousand lines: a second of the busiest node. More would hide that stdout does not keep up.
 const QUEUE_BYTES: usize = 4 * 1024 * 1024;
@@ -61,8 +67,8 @@ struct State {
 }
 
 impl AccessLog {
-    /// To stdout.
-    pub fn new(format: LogFormat) -> Self {
+    /// To stdout; `None` writes nothing until `set` says otherwise.
+    pub fn new(format: Option<LogFormat>) -> Self {
         // Not `io::stdout()`: its line buffer would cut the batch into a system call a line.
         match rustix::io::dup(rustix::stdio::stdout()) {
             Ok(stdout) => Self::to(format, std::fs::File::from(stdout), QUEUE_BYTES),
@@ -75,10 +81,15 @@ impl AccessLog {
 
     /// Writes nothing.
     pub fn off() -> Self {
-        Self { format: LogFormat::Text, queue: None, dropped: dropped_counter() }
+        Self { form: AtomicU8::new(OFF), queue: None, dropped: dropped_counter() }
     }
 
-    fn to(format: LogFormat, out: impl Write + Send + 'static, limit: usize) -> Self {
+    /// Changes the form of the lines from the next on; `None` writes none.
+    pub fn set(&self, format: Option<LogFormat>) {
+        self.form.store(form(format), Ordering::Relaxed);
+    }
+
+    fn to(format: Option<LogFormat>, out: impl Write + Send + 'static, limit: usize) -> Self {
         let queue = Arc::new(Queue { state: Mutex::default(), filled: Condvar::new(), drained: Condvar::new(), limit });
         let for_writer = queue.clone();
         let writer = thread::Builder::new().name("access-log".to_owned()).spawn(move || for_writer.write_out(out));
@@ -86,18 +97,22 @@ impl AccessLog {
             tracing::warn!("no access log: cannot start its thread ({error})");
             return Self::off();
         }
-        Self { format, queue: Some(queue), dropped: dropped_counter() }
+        Self { form: AtomicU8::new(form(format)), queue: Some(queue), dropped: dropped_counter() }
     }
 
     /// Writes the line of a connection that has ended, or never began. Does not block.
     pub fn write(&self, facts: &Facts, outcome: &Outcome) {
         let Some(queue) = &self.queue else { return };
+        let form = self.form.load(Ordering::Relaxed);
+        if form == OFF {
+            return;
+        }
         thread_local!(static LINE: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) });
         LINE.with_borrow_mut(|line| {
             line.clear();
-            match self.format {
-                LogFormat::Text => write_text(line, SystemTime::now(), facts, outcome),
-                LogFormat::Json => write_json(line, SystemTime::now(), facts, outcome),
+            match form {
+                JSON => write_json(line, SystemTime::now(), facts, outcome),
+                _ => write_text(line, SystemTime::now(), facts, outcome),
             }
             if !queue.push(line) {
                 self.dropped.inc();
@@ -108,6 +123,14 @@ impl AccessLog {
     /// Lines that were dropped because stdout was too slow, for `Metrics::adopt`.
     pub fn dropped(&self) -> &IntCounter {
         &self.dropped
+    }
+}
+
+fn form(format: Option<LogFormat>) -> u8 {
+    match format {
+        None => OFF,
+        Some(LogFormat::Text) => TEXT,
+        Some(LogFormat::Json) => JSON,
     }
 }
 

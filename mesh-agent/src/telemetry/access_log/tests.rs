@@ -97,7 +97,7 @@ fn a_stuck_reader_costs_lines_and_never_blocks() {
     let (written, out) = mpsc::channel();
     let mut line = Vec::new();
     write_text(&mut line, noon(), &foreign(), &outcome(ResponseFlag::None));
-    let log = AccessLog::to(LogFormat::Text, Gate { permits, written }, 10 * line.len());
+    let log = AccessLog::to(Some(LogFormat::Text), Gate { permits, written }, 10 * line.len());
 
     // Nothing may be written: at most ten lines lie in the queue and ten more in the writer's hands.
     for _ in 0..1000 {
@@ -123,7 +123,7 @@ fn lines_of_many_threads_stay_whole() {
     for _ in 0..4000 {
         permit.send(()).unwrap();
     }
-    let log = AccessLog::to(LogFormat::Json, Gate { permits, written }, QUEUE_BYTES);
+    let log = AccessLog::to(Some(LogFormat::Json), Gate { permits, written }, QUEUE_BYTES);
     thread::scope(|scope| {
         for _ in 0..4 {
             scope.spawn(|| {

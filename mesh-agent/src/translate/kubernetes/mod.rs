@@ -49,6 +49,14 @@ pub(in crate::translate) struct Node {
     pub locality: Locality,
 }
 
+/// How pods of a class are run.
+#[derive(Debug)]
+pub(in crate::translate) struct RuntimeClass {
+    pub name: String,
+    /// The container runtime's name of it.
+    pub handler: String,
+}
+
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", expecting = "an object")]
 struct Metadata {
@@ -93,6 +101,18 @@ pub(in crate::translate) fn node(object: &Object, report: &mut Report) -> Option
     let locality =
         Locality { region: label("topology.kubernetes.io/region"), zone: label("topology.kubernetes.io/zone") };
     report.unless_broken(Node { name: metadata.name, locality })
+}
+
+#[derive(Deserialize)]
+#[serde(expecting = "an object")]
+struct WithHandler {
+    metadata: Metadata,
+    handler: String,
+}
+
+pub(in crate::translate) fn runtime_class(object: &Object, report: &mut Report) -> Option<RuntimeClass> {
+    let WithHandler { metadata, handler } = report.read(object)?;
+    report.unless_broken(RuntimeClass { name: metadata.name, handler })
 }
 
 /// Nothing of a ServiceAccount is needed; a broken one is reported all the same.

@@ -24,6 +24,10 @@ pub(in crate::translate) struct Pod {
     pub labels: Labels,
     pub mode: Mode,
     pub host_network: bool,
+    /// Empty for the usual one.
+    pub runtime_class: String,
+    /// What the agent has written into the annotation `nodemesh.io/status`.
+    pub shown: Option<String>,
     pub node: String,
     pub service_account: String,
     /// At most one of each family.
@@ -54,6 +58,8 @@ struct Spec {
     service_account: Option<String>,
     #[serde(default, deserialize_with = "nullable")]
     host_network: bool,
+    #[serde(default, deserialize_with = "nullable")]
+    runtime_class_name: String,
     #[serde(default, deserialize_with = "nullable")]
     containers: Vec<Container>,
 }
@@ -103,6 +109,7 @@ struct Condition {
 }
 
 const NETNS: &str = "nodemesh.io/netns";
+const SHOWN: &str = "nodemesh.io/status";
 
 pub(in crate::translate) fn pod(object: &Object, report: &mut Report) -> Option<Pod> {
     let Manifest { metadata, spec, status } = report.read(object)?;
@@ -120,6 +127,8 @@ pub(in crate::translate) fn pod(object: &Object, report: &mut Report) -> Option<
         named_ports: named_ports(spec.containers),
         terminating: metadata.deletion_timestamp.is_some(),
         created: metadata.creation_timestamp,
+        shown: metadata.annotations.get(SHOWN).cloned(),
+        runtime_class: spec.runtime_class_name,
         name: metadata.name,
         namespace,
         uid: metadata.uid,
