@@ -53,6 +53,7 @@ const CASES: &[Case<Upgrade>] = &[
     ("a_policy_that_changes_cuts_what_drains", a_policy_that_changes_cuts_what_drains),
     ("a_pod_that_goes_while_its_agent_drains_is_let_go", a_pod_that_goes_while_its_agent_drains),
     ("the_next_agent_restarts_while_the_one_before_drains", the_next_agent_restarts),
+    ("in_kubernetes_the_one_before_stands_by", the_one_before_stands_by),
     ("only_root_takes_over_and_only_who_is_fit", only_root_takes_over),
     ("a_foreign_schema_is_refused_and_makes_room", a_foreign_schema_makes_room),
 ];
@@ -325,6 +326,39 @@ fn the_next_agent_restarts(u: &Upgrade) {
     }
     drop(kept);
     assert!(old.wait(Duration::from_secs(30)).success());
+}
+
+/// Kubelet starts anew what ends: it would take the place back. And it is of use where the next one dies.
+fn the_one_before_stands_by(u: &Upgrade) {
+    let far = SocketAddr::new(u.far.v4(), echo_in(&u.far));
+    let mut agent = u.world.agent("n1");
+    agent.be_in_pod(Some("pod-a"));
+    assert!(agent.upgrade(&[]).wait(Duration::from_secs(30)).success(), "outside Kubernetes it ends");
+    agent.be_in_pod(Some("pod-b"));
+    let mut a = agent.upgrade(&[]);
+    a.wait_for("this one stands by", Duration::from_secs(30));
+    call(&u.client, far).unwrap();
+    // Its container is started anew, though nobody asked it to end.
+    agent.be_in_pod(Some("pod-a"));
+    let b = agent.take_over(&[]);
+    agent.process().wait_for("this one stands by", PATIENCE);
+    a.kill();
+    call(&u.client, far).unwrap();
+    let a = std::mem::replace(agent.process(), b);
+    agent.kill();
+    agent.put_back(a);
+    agent.process().wait_for("this one serves again", PATIENCE);
+    agent.wait_ready();
+    call(&u.client, far).unwrap();
+
+    agent.be_in_pod(None);
+    let mut a = agent.upgrade(&[]);
+    assert!(a.stop().success(), "whether it drains or stands by");
+    let folder = agent.admin_socket().parent().unwrap().to_owned();
+    let notes = fs::read_dir(folder).unwrap().flatten().map(|entry| entry.file_name());
+    let notes: Vec<_> = notes.filter(|name| name.to_string_lossy().starts_with("handed-over")).collect();
+    assert!(notes.is_empty(), "{notes:?} are left");
+    call(&u.client, far).unwrap();
 }
 
 fn only_root_takes_over(u: &Upgrade) {

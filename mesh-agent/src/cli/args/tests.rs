@@ -245,6 +245,12 @@ fn wrong_commands() {
 }
 
 #[test]
+fn an_agent_with_a_ca_of_its_own_takes_nothing_over() {
+    let error = wish("node --take-over --embedded-ca --config-dir / --node-name a", &[]).unwrap_err().to_string();
+    assert!(error.contains("--take-over and --embedded-ca exclude each other"), "{error}");
+}
+
+#[test]
 fn cleanup_needs_neither_a_ca_nor_manifests() {
     let expected = Cleanup {
         node_name: "b".to_owned(),
