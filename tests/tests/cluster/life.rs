@@ -239,7 +239,6 @@ pub fn an_upgrade_loses_no_request_and_no_connection(stage: &Stage) {
     let image = kube.get(&["-n", MESH, "daemonset", "nodemesh-agent"]);
     let image = image["spec"]["template"]["spec"]["containers"][0]["image"].as_str().unwrap_or_default().to_owned();
     assert!(image.ends_with(":next"), "{image}: {said}");
-    assert_eq!(kube.get(&["-n", MESH, "daemonset", "nodemesh-agent"])["status"]["updatedNumberScheduled"], 2);
     load.goes_on(stage, 50);
     let calls = load.unharmed(stage);
     println!("an upgrade: {calls} calls, none failed; {} long connections, none cut", load.chatters.len());

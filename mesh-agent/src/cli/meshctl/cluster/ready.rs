@@ -78,7 +78,8 @@ pub(super) async fn wait(
                 ))
                 .into());
             };
-            let Progress { ready, wanted, seen: _, done } = progress(&object);
+            let Progress { ready, wanted, seen, done } = progress(&object);
+            let done = done || seen && *kind == Kind::DAEMON_SET && served(server, mesh, &object).await? >= wanted;
             if done {
                 let seconds = start.elapsed().as_secs_f64();
                 writeln!(out, "  ready     {} {name}: {ready} of {wanted} ({seconds:.1} s)", kind.kind)?;
@@ -110,6 +111,24 @@ pub(super) async fn wait(
         }
         tokio::time::sleep(POLL).await;
     }
+}
+
+/// On how many nodes an agent of the newest revision is ready. The status of the DaemonSet counts one that drains as the
+/// node's until it has ended, which may be an hour after another has taken over from it.
+async fn served(server: &ApiServer, mesh: &str, agent: &Value) -> anyhow::Result<u64> {
+    let newest = revision(server, mesh, agent).await?;
+    let pods = pods(server, mesh, AGENT).await?;
+    let new = |pod: &&Value| is_ready(pod) && pod["metadata"]["labels"]["controller-revision-hash"] == *newest;
+    Ok(pods.iter().filter(new).map(node_of).collect::<BTreeSet<_>>().len() as u64)
+}
+
+/// The hash that pods of the newest revision carry.
+pub(super) async fn revision(server: &ApiServer, mesh: &str, agent: &Value) -> anyhow::Result<String> {
+    let all = server.list(&Kind::CONTROLLER_REVISION, Some(mesh), &format!("app={AGENT}")).await?;
+    let of_it = all.iter().filter(|r| r["metadata"]["ownerReferences"][0]["uid"] == agent["metadata"]["uid"]);
+    let newest = of_it.max_by_key(|r| r["revision"].as_u64());
+    let hash = newest.and_then(|r| r["metadata"]["labels"]["controller-revision-hash"].as_str());
+    Ok(hash.unwrap_or_default().to_owned())
 }
 
 pub(super) async fn pods(server: &ApiServer, mesh: &str, app: &str) -> Result<Vec<Value>, ApiError> {
