@@ -15,6 +15,9 @@ use crate::cli::meshctl::layout::wrap;
 /// How often is looked: a person waits.
 pub(super) const POLL: Duration = Duration::from_millis(300);
 
+/// How long all nodes must have a ready agent: longer than the DaemonSet's `minReadySeconds`.
+const SETTLED: Duration = Duration::from_secs(4);
+
 /// How far a workload is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Progress {
@@ -68,6 +71,7 @@ pub(super) async fn wait(
     let start = Instant::now();
     let mut left: Vec<&(Kind, &str)> = workloads.iter().collect();
     let mut told = BTreeSet::new();
+    let mut served_since = start;
     loop {
         let mut still = Vec::new();
         for one @ (kind, name) in left {
@@ -79,7 +83,15 @@ pub(super) async fn wait(
                 .into());
             };
             let Progress { ready, wanted, seen, done } = progress(&object);
-            let done = done || seen && *kind == Kind::DAEMON_SET && served(server, mesh, &object).await? >= wanted;
+            let done = match *kind == Kind::DAEMON_SET && !done {
+                false => done,
+                true => {
+                    if !seen || served(server, mesh, &object).await? < wanted {
+                        served_since = Instant::now();
+                    }
+                    served_since.elapsed() > SETTLED
+                }
+            };
             if done {
                 let seconds = start.elapsed().as_secs_f64();
                 writeln!(out, "  ready     {} {name}: {ready} of {wanted} ({seconds:.1} s)", kind.kind)?;
