@@ -44,6 +44,8 @@ impl Stage {
         let mut args =
             vec!["install", "--profile", "demo", "--set", "image.tag=test", "--set", "image.pullPolicy=Never"];
         args.extend(["--set", cgroup.as_str(), "--timeout", "120s"]);
+        // An agent that has handed over goes on for as long as its long connections; here these never end.
+        args.extend(["--set", "agent.upgradeDrainSeconds=45"]);
         args.extend(more);
         args
     }
