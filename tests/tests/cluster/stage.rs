@@ -161,10 +161,10 @@ pub fn strict(namespace: &str) -> String {
     )
 }
 
-/// What a mesh could leave on a node.
+/// What a mesh could leave on a node, but for the folders /run/nodemesh and /var/lib/nodemesh, which stay.
 pub fn node_state(kube: &Kube, node: &str) -> String {
     let script = "for f in /etc/cni/net.d/*; do echo \"== $f\"; cat \"$f\"; done; ls /opt/cni/bin; ls -R /sys/fs/bpf; \
-                  ls /run/nodemesh /var/lib/nodemesh 2>&1 | grep -v 'No such file'; ip route; ip -6 route; ip rule; ip -6 rule; nft list tables";
+                  ip route; ip -6 route; ip rule; ip -6 rule; nft list tables";
     let output = kube.on_node(node, "sh").args(["-c", script]).output().expect("a node runs sh");
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
