@@ -70,7 +70,7 @@ pub fn uninstalling_leaves_the_nodes_as_they_were(stage: &Stage) {
 
 /// Routes to pods come and go.
 fn without_pods(state: &str) -> String {
-    let lines = state.lines().filter(|line| !line.contains(" dev veth"));
+    let lines = state.lines().filter(|line| ![" dev veth", " dev cni0"].iter().any(|device| line.contains(device)));
     lines.map(|line| format!("{}\n", line.trim_end())).collect()
 }
 
