@@ -126,7 +126,7 @@ pub(super) async fn wait(
 }
 
 /// On how many nodes an agent of the newest revision is ready. The status of the DaemonSet counts one that drains as the
-/// node's until it has ended, which may be an hour after another has taken over from it.
+/// node's until it has ended: `agent.upgradeDrainSeconds` after another has taken over from it, at most.
 async fn served(server: &ApiServer, mesh: &str, agent: &Value) -> anyhow::Result<u64> {
     let newest = revision(server, mesh, agent).await?;
     let pods = pods(server, mesh, AGENT).await?;
