@@ -80,7 +80,7 @@ struct Retry {
 }
 
 /// Objects in one answer of a list: a page is read as a whole, and pods may be large.
-const PAGE: u32 = 200;
+const PAGE: u32 = 100;
 const FIRST: Duration = Duration::from_millis(200);
 const LAST: Duration = Duration::from_secs(5);
 

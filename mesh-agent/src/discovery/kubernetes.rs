@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
 use serde_json::Value;
-use tokio::runtime::Handle;
+use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
 
 use super::hints::{self, Held, Hint};
@@ -71,8 +71,9 @@ pub(super) struct Ears {
     others: mpsc::UnboundedReceiver<Word>,
 }
 
-/// Starts to watch, until the ears are dropped. The other end is for what is not heard from the API server.
-pub(super) fn listen(server: &ApiServer) -> (mpsc::UnboundedSender<Word>, Ears) {
+/// Starts to watch, on the runtime that has been entered, until the ears are dropped. `others` is what is not heard from the
+/// API server.
+pub(super) fn listen(server: &ApiServer, others: mpsc::UnboundedReceiver<Word>) -> Ears {
     let (tell, changes) = mpsc::channel(WAITING);
     for (index, (kind, _)) in KINDS.iter().enumerate() {
         let mut changes = Box::pin(watch(server, kind, None, ""));
@@ -85,8 +86,7 @@ pub(super) fn listen(server: &ApiServer) -> (mpsc::UnboundedSender<Word>, Ears) 
             }
         });
     }
-    let (others_tell, others) = mpsc::unbounded_channel();
-    (others_tell, Ears { changes, others })
+    Ears { changes, others }
 }
 
 impl Ears {
@@ -99,11 +99,12 @@ impl Ears {
     }
 }
 
-/// Takes what is heard and publishes what comes of it, until the other end of `watching` is gone. The calling thread works
-/// through all changes itself.
+/// Takes what is heard and publishes what comes of it, until the other end of `watching` is gone. The watches run on the
+/// calling thread too: what is read and what is kept of it then share one heap, and a hundred thousand objects that came and
+/// went leave no holes in another.
 pub(super) fn follow(
     mut cluster: Cluster,
-    runtime: &Handle,
+    runtime: &Runtime,
     mut ears: Ears,
     publisher: &Publisher,
     watching: &Receiver<()>,
@@ -162,7 +163,7 @@ impl Cluster {
 
     /// Takes changes until they are to be handed on, not before `rested`; says whether there is anything new, or `None` at
     /// the end.
-    fn wait(&mut self, runtime: &Handle, ears: &mut Ears, rested: Instant) -> Option<bool> {
+    fn wait(&mut self, runtime: &Runtime, ears: &mut Ears, rested: Instant) -> Option<bool> {
         let mut first: Option<Instant> = None;
         loop {
             let now = Instant::now();

@@ -102,13 +102,30 @@ pub fn start(options: Options) -> Result<Sources, DiscoveryError> {
 pub async fn start_kubernetes(server: &ApiServer, settings: Settings) -> Result<Sources, DiscoveryError> {
     let (publisher, published) = Publisher::new(&settings);
     let (ended, watching) = mpsc::channel();
-    let (tell, ears) = kubernetes::listen(server);
+    let (tell, others) = tokio::sync::mpsc::unbounded_channel();
     let cluster = kubernetes::Cluster::new(server.url(), settings);
-    let runtime = tokio::runtime::Handle::current();
-    std::thread::Builder::new()
-        .name("discovery".into())
-        .spawn(move || kubernetes::follow(cluster, &runtime, ears, &publisher, &watching))
-        .map_err(|source| DiscoveryError::Thread { directory: server.url().into(), source })?;
+    let url = server.url().to_owned();
+    let failed = |source| DiscoveryError::Thread { directory: url.into(), source };
+    let server = server.clone();
+    let (tell_start, started) = tokio::sync::oneshot::channel();
+    let thread = std::thread::Builder::new().name("discovery".into()).spawn(move || {
+        let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+            Ok(runtime) => runtime,
+            // Who waits for it may have been stopped.
+            Err(e) => return drop(tell_start.send(Err(e))),
+        };
+        let _ = tell_start.send(Ok(()));
+        let ears = {
+            let _entered = runtime.enter();
+            kubernetes::listen(&server, others)
+        };
+        kubernetes::follow(cluster, &runtime, ears, &publisher, &watching);
+    });
+    let begun = match thread {
+        Ok(_) => started.await.unwrap_or_else(|_| Err(std::io::ErrorKind::BrokenPipe.into())),
+        Err(e) => Err(e),
+    };
+    begun.map_err(failed)?;
     let (settings_to, hints) = (SettingsTo(tell.clone()), Hints::new(tell));
     let store::Published { snapshot, mut changed, mut problems, node_pods } = published;
     let mut said = Arc::default();

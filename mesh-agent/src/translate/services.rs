@@ -90,8 +90,9 @@ pub(super) struct Services {
     /// The names of a service's slices, in its namespace.
     slices_of: BTreeMap<Name, BTreeSet<Arc<str>>>,
     addresses: HashMap<IpAddr, Few<ByAge>>,
-    /// Those of which something else may become.
+    /// Those of which something else may become. Before anything was made it is of no account, and all are meant.
     due: BTreeSet<Name>,
+    made: bool,
     /// Of Services that are gone since `make`.
     gone: BTreeMap<Name, Arc<model::Service>>,
     problems: BTreeMap<Name, Vec<Problem>>,
@@ -174,6 +175,9 @@ impl Services {
     }
 
     pub fn due_on_node(&mut self, node: &str) {
+        if !self.made {
+            return;
+        }
         let on_node = |slice: &&Slice| slice.endpoints.iter().any(|b| b.node.as_deref() == Some(node));
         self.due.extend(self.slices.values().filter(on_node).filter_map(|s| s.service.clone()));
     }
@@ -190,6 +194,10 @@ impl Services {
         texts: &mut Texts,
         changes: &mut Changes,
     ) -> BTreeSet<Name> {
+        if !self.made {
+            self.all_due();
+            self.made = true;
+        }
         let due = std::mem::take(&mut self.due);
         for name in &due {
             changes.problems |= self.problems.remove(name).is_some();

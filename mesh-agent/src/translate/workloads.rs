@@ -222,8 +222,9 @@ pub(super) struct Pods {
     addresses: Claims<IpAddr>,
     uids: Claims<Arc<str>>,
     netns: Claims<Arc<Path>>,
-    /// Those of which something else may become.
+    /// Those of which something else may become. Before anything was made it is empty, and all are meant.
     due: BTreeSet<Name>,
+    made: bool,
     /// Workloads of pods that are gone since `make`.
     gone: BTreeMap<Name, Arc<Workload>>,
     problems: BTreeMap<Name, Vec<Problem>>,
@@ -278,7 +279,9 @@ impl Pods {
                 self.gone.extend(workload.map(|w| (key.clone(), w)));
             }
         }
-        self.due.insert(key);
+        if self.made {
+            self.due.insert(key);
+        }
     }
 
     pub fn has(&self, name: &Name) -> bool {
@@ -290,35 +293,53 @@ impl Pods {
     }
 
     pub fn due_in_namespace(&mut self, namespace: &Arc<str>) {
+        if !self.made {
+            return;
+        }
         let pods = self.all.range((namespace.clone(), "".into())..).take_while(|((ns, _), _)| ns == namespace);
         self.due.extend(pods.map(|(name, _)| name.clone()));
     }
 
     pub fn due_on_node(&mut self, node: &str) {
+        if !self.made {
+            return;
+        }
         self.due.extend(self.all.iter().filter(|(_, m)| *m.pod.node == *node).map(|(name, _)| name.clone()));
     }
 
     pub fn due_of_class(&mut self, class: &str) {
+        if !self.made {
+            return;
+        }
         let of_class = self.all.iter().filter(|(_, m)| *m.pod.kin.runtime_class == *class);
         self.due.extend(of_class.map(|(name, _)| name.clone()));
     }
 
     pub fn all_due(&mut self) {
+        if !self.made {
+            return;
+        }
         self.due.extend(self.all.keys().cloned());
     }
 
     /// A policy has changed.
     pub fn due_to_judge(&mut self) {
+        if !self.made {
+            return;
+        }
         self.due.extend(self.own.iter().cloned());
     }
 
     pub fn any_due(&self) -> bool {
-        !self.due.is_empty()
+        !self.made || !self.due.is_empty()
     }
 
     /// Makes those that are due.
     pub fn make(&mut self, around: &Surroundings<'_>, changes: &mut Changes) {
-        for name in std::mem::take(&mut self.due) {
+        let due = std::mem::take(&mut self.due);
+        let due: Vec<Name> = if self.made { due.into_iter().collect() } else { self.all.keys().cloned().collect() };
+        self.made = true;
+        for name in due {
             changes.problems |= self.problems.remove(&name).is_some();
             let Some(member) = self.all.get(&name) else { continue };
             let mut problems = Vec::new();
