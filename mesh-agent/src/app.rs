@@ -27,13 +27,16 @@ use crate::api_server::ApiServer;
 use crate::config::{self, Live, Source};
 use crate::discovery::{self, Sources};
 use crate::enrollment::{Enrollment, Inputs as EnrollmentInputs, Places, Processes, see_host_proc};
-use crate::handover::{self, Given, Giver, Own, Taken};
+use crate::handover::{self, Given, Giver, Own, Taken, Turn};
 use crate::identity;
 use crate::lifecycle::{Readiness, Signals};
 use crate::proxy::{Inputs as ProxyInputs, Proxy};
 use crate::redirect::{Options, Redirect};
 use crate::telemetry::{AccessLog, Telemetry, logging};
 use crate::translate::Settings;
+
+/// Where the name of the agent's pod is, in Kubernetes.
+pub const POD_NAME: &str = "NODEMESH_POD_NAME";
 
 /// `mesh-agent node`: serves the pods of this node until a signal ends it.
 pub fn run_node(config: config::Node, live: Live) -> anyhow::Result<()> {
@@ -61,6 +64,11 @@ async fn node(config: config::Node, live: Live, log: logging::LogLevel) -> anyho
         kernel_log: config.kernel_log,
         original_dst_entries: config.orig_dst_entries,
     };
+    let pod_name = std::env::var(POD_NAME).ok();
+    let turn = Turn::of(&config.admin_socket, pod_name.as_deref());
+    if !turn.wait(&in_kernel, &mut signals).await? {
+        return Ok(());
+    }
     let handover_socket = handover::socket_path(&config.admin_socket);
     let predecessor = match config.take_over {
         true => handover::find(&handover_socket, &config.node_name).await?,
@@ -101,7 +109,9 @@ async fn node(config: config::Node, live: Live, log: logging::LogLevel) -> anyho
     };
     let redirect = Arc::new(prepared.begin()?);
     let (sockets, admin_file) = own.to_hand_over(&config).context("cannot keep the agent's sockets")?;
-    let Own { lock, metrics: metrics_listener, readiness: _, admin: admin_socket } = own;
+    let Own { lock, metrics: metrics_listener, readiness: readiness_listener, admin: admin_socket } = own;
+    // It is served by another descriptor; none may stay here when the place is given away.
+    drop(readiness_listener);
     lock.for_life();
 
     let name: Arc<str> = config.node_name.as_str().into();
@@ -141,6 +151,8 @@ async fn node(config: config::Node, live: Live, log: logging::LogLevel) -> anyho
 
     let admin = Arc::new(AdminState {
         node: config.node_name.clone(),
+        // Not a setting: it is what the pod is called.
+        pod: pod_name,
         started,
         certificate_authority: authority_in_words(&config.ca),
         snapshot: sources.snapshot.clone(),
@@ -223,8 +235,9 @@ async fn node(config: config::Node, live: Live, log: logging::LogLevel) -> anyho
     match given {
         Some(Given::Handed { pid, version, connections }) => {
             tracing::info!("handed over to agent PID {pid} ({version}); {connections} connections drain");
-            drained(&mut signals, enrolling, proxy, present.load().drain_timeout).await;
-            Ok(())
+            turn.is_over()?;
+            let asked = drained(&mut signals, enrolling, proxy, present.load().upgrade_drain).await;
+            turn.end(asked).context("cannot start anew to stand by")
         }
         Some(Given::Leave { .. }) | None => tokio::select! {
             done = stopped(why, enrolling, proxy, present.load().drain_timeout) => done,
@@ -234,8 +247,14 @@ async fn node(config: config::Node, live: Live, log: logging::LogLevel) -> anyho
     }
 }
 
-/// Another agent serves the pods; what is open here ends in its own time. Policy still cuts what it no longer allows.
-async fn drained(signals: &mut Signals, enrolling: tokio::task::JoinHandle<()>, proxy: Arc<Proxy>, patience: Duration) {
+/// Another agent serves the pods; what is open here ends in its own time. Policy still cuts what it no longer allows. Returns
+/// whether a signal has asked for the end.
+async fn drained(
+    signals: &mut Signals,
+    enrolling: tokio::task::JoinHandle<()>,
+    proxy: Arc<Proxy>,
+    patience: Duration,
+) -> bool {
     let end = proxy.end(patience);
     tokio::pin!(end);
     let mut asked = false;
@@ -253,6 +272,7 @@ async fn drained(signals: &mut Signals, enrolling: tokio::task::JoinHandle<()>, 
     }
     enrolling.abort();
     tracing::info!("the last connection has ended");
+    asked
 }
 
 /// Stops accepting and lets connections end. Pods stay enrolled in the kernel: until the next agent comes, what they open

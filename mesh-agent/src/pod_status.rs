@@ -300,7 +300,7 @@ mod tests {
         assert!(due(&mut board, &pods, &failing, now).is_empty());
         let note = Note::Event { reason: "NodemeshFailed", message: "no certificate: x".into() };
         let later = now + PATIENCE;
-        assert_eq!(due(&mut board, &pods, &failing, later), [note.clone()]);
+        assert_eq!(due(&mut board, &pods, &failing, later), std::slice::from_ref(&note));
         board.sent("u".into(), note.clone(), true, later);
         assert!(due(&mut board, &pods, &failing, later + AGAIN).is_empty());
         // It went well, and fails again.

@@ -53,7 +53,7 @@ pub fn probed_pod(netns: u64, ip: &Ip) -> Option<u32> {
         // SAFETY: a plain helper.
         let cgroup = unsafe { bpf_get_current_ancestor_cgroup_id(level) };
         // SAFETY: as in `pod`.
-        if unsafe { PROBE_CGROUPS.get(&cgroup) }.is_some() {
+        if unsafe { PROBE_CGROUPS.get(cgroup) }.is_some() {
             return Some(*index);
         }
     }

@@ -34,6 +34,8 @@ pub struct Agent {
     admin_socket: PathBuf,
     log: PathBuf,
     process: Process,
+    /// What its own pod would be called in Kubernetes.
+    pod: Option<String>,
 }
 
 /// The controller. Killed on drop.
@@ -57,7 +59,7 @@ impl Mesh {
         arguments.extend(["--state-dir".into(), controller_state(self).into()]);
         arguments.extend(flags.iter().map(OsString::from));
         let log = fresh_log(&self.logs(), "controller");
-        let process = start("controller", &netns, &arguments, &log);
+        let process = start("controller", &netns, &arguments, &log, None);
         let mut controller = Controller { netns, address, arguments, log, process };
         controller.wait_ready();
         controller
@@ -92,8 +94,8 @@ impl Mesh {
         }
         arguments.extend(flags.iter().map(OsString::from));
         let log = fresh_log(&self.logs(), &format!("agent-{}", node.name()));
-        let process = start(&format!("agent {}", node.name()), node.netns(), &arguments, &log);
-        Agent { node, arguments, admin_socket, log, process }
+        let process = start(&format!("agent {}", node.name()), node.netns(), &arguments, &log, None);
+        Agent { node, arguments, admin_socket, log, process, pod: None }
     }
 
     /// A file with a token that lets `node` join, and no other.
@@ -182,8 +184,40 @@ impl Agent {
     /// Starts it again as it was started, after [`Agent::kill`] or [`Agent::stop`]; says how long it took to be ready.
     pub fn restart(&mut self) -> Duration {
         let name = format!("agent {}", self.node.name());
-        self.process = start(&name, self.node.netns(), &self.arguments, &self.log);
+        self.process = start(&name, self.node.netns(), &self.arguments, &self.log, self.pod.as_deref());
         self.wait_ready()
+    }
+
+    /// Starts a new agent with `flags` more, which takes over from this one, and waits until it has: the process of this
+    /// one, which drains.
+    pub fn upgrade(&mut self, flags: &[&str]) -> Process {
+        let old = self.take_over(flags);
+        self.process.wait_for("took over ", READY);
+        self.wait_ready();
+        old
+    }
+
+    /// Agents that are started from now on are in this pod of Kubernetes.
+    pub fn be_in_pod(&mut self, pod: Option<&str>) {
+        self.pod = pod.map(str::to_owned);
+    }
+
+    /// The process is the agent again, after another that was to take over from it has come to nothing.
+    pub fn put_back(&mut self, old: Process) {
+        self.log = old.log_file().to_owned();
+        self.process = old;
+    }
+
+    /// Starts a new agent that is to take over from this one, and waits for nothing: the process of this one.
+    pub fn take_over(&mut self, flags: &[&str]) -> Process {
+        let name = format!("agent {}", self.node.name());
+        let mut arguments = self.arguments.clone();
+        arguments.push("--take-over".into());
+        arguments.extend(flags.iter().map(OsString::from));
+        let folder = self.log.parent().expect("a log lies in a folder");
+        self.log = fresh_log(folder, &format!("agent-{}", self.node.name()));
+        let new = start(&name, self.node.netns(), &arguments, &self.log, self.pod.as_deref());
+        std::mem::replace(&mut self.process, new)
     }
 
     /// What Prometheus would scrape.
@@ -244,7 +278,7 @@ impl Controller {
     }
 
     pub fn restart(&mut self) {
-        self.process = start("controller", &self.netns, &self.arguments, &self.log);
+        self.process = start("controller", &self.netns, &self.arguments, &self.log, None);
         self.wait_ready();
     }
 
@@ -274,7 +308,7 @@ fn find_pod(json: &Value, pod: &Pod) -> Option<bool> {
 }
 
 /// In the cgroup that `--cgroup` names, where it does: an agent must be in it.
-fn start(name: &str, netns: &Netns, arguments: &[OsString], log: &Path) -> Process {
+fn start(name: &str, netns: &Netns, arguments: &[OsString], log: &Path, pod: Option<&str>) -> Process {
     let binary = agent_binary().display().to_string();
     let cgroup = arguments.iter().skip_while(|argument| *argument != "--cgroup").nth(1);
     let mut command = match cgroup {
@@ -282,6 +316,9 @@ fn start(name: &str, netns: &Netns, arguments: &[OsString], log: &Path) -> Proce
         None => netns.command(&binary),
     };
     command.args(arguments);
+    if let Some(pod) = pod {
+        command.env("NODEMESH_POD_NAME", pod);
+    }
     Process::start(name, command, log)
 }
 

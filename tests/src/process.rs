@@ -56,6 +56,10 @@ impl Process {
         fs::read(&self.log).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
     }
 
+    pub fn log_file(&self) -> &Path {
+        &self.log
+    }
+
     pub fn is_running(&mut self) -> bool {
         self.ended().is_none()
     }

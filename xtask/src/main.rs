@@ -53,6 +53,9 @@ enum Chore {
         /// Leave it running and print the commands to play with it
         #[arg(long)]
         keep: bool,
+        /// In a real Kubernetes of two nodes, which it starts here, as a user would install it
+        #[arg(long)]
+        kubernetes: bool,
     },
     /// A real Kubernetes of two nodes on this machine (needs root)
     Cluster(cluster::Arguments),
@@ -72,7 +75,7 @@ fn main() -> ExitCode {
         Chore::Lint => lint::run(),
         Chore::Fuzz { seconds } => fuzz::run(Duration::from_secs(seconds)),
         Chore::Bench(arguments) => bench::run(&arguments),
-        Chore::Demo { keep } => demo::run(keep),
+        Chore::Demo { keep, kubernetes } => demo::run(keep, kubernetes),
         Chore::Cluster(arguments) => cluster::run(&arguments),
         Chore::Chart => chart::run(),
         Chore::Image(arguments) => image::run(&arguments),

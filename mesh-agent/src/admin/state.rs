@@ -26,6 +26,8 @@ pub type Ask<T> = Box<dyn Fn() -> T + Send + Sync>;
 
 pub struct AdminState {
     pub node: String,
+    /// Its pod, in Kubernetes.
+    pub pod: Option<String>,
     pub started: Instant,
     /// In words: `embedded`, or the controllers' addresses.
     pub certificate_authority: String,
@@ -132,6 +134,7 @@ impl AdminState {
         let snapshot = self.snapshot.load();
         StatusView {
             node: self.node.clone(),
+            pod: self.pod.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             uptime_seconds: self.started.elapsed().as_secs(),
             ready: waiting_for.is_empty(),

@@ -81,6 +81,7 @@ fn state(readiness: Readiness) -> AdminState {
     Box::leak(Box::new(layer));
     AdminState {
         node: "a".to_owned(),
+        pod: None,
         started: Instant::now(),
         certificate_authority: "embedded".to_owned(),
         snapshot: Arc::new(ArcSwap::from_pointee(mesh())),

@@ -77,6 +77,9 @@ pub struct PolicyView {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StatusView {
     pub node: String,
+    /// The agent's own pod in Kubernetes; two of a node differ by it while one takes over from the other.
+    #[serde(default)]
+    pub pod: Option<String>,
     pub version: String,
     pub uptime_seconds: u64,
     pub ready: bool,

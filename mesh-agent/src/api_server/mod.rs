@@ -129,6 +129,16 @@ impl ApiServer {
         self.request("PATCH", &path, Some(patch), Some("application/merge-patch+json")).await
     }
 
+    /// Ends a pod, also one that is ending already and has more time than `seconds`. Says whether it was there.
+    pub async fn end_pod(&self, namespace: &str, name: &str, seconds: u32) -> Result<bool, ApiError> {
+        let path = format!("{}?gracePeriodSeconds={seconds}", Kind::POD.path(namespace, Some(name)));
+        match self.request("DELETE", &path, None, None).await {
+            Ok(_) => Ok(true),
+            Err(ApiError::NotFound { .. }) => Ok(false),
+            Err(e) => Err(e),
+        }
+    }
+
     /// Says whether it was there.
     pub async fn delete(&self, kind: &Kind, namespace: &str, name: &str) -> Result<bool, ApiError> {
         let path = format!("{}?propagationPolicy=Background", kind.path(namespace, Some(name)));

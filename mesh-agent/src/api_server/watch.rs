@@ -1,6 +1,6 @@
 //! All objects of one kind, and every change of them, for as long as somebody listens.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::{Stream, StreamExt};
 use kube::api::{Api, DynamicObject};
@@ -77,26 +77,57 @@ fn failure(url: &str, what: &str, error: watcher::Error) -> ApiError {
 #[derive(Debug, Default)]
 struct Retry {
     failures: u32,
+    last: Option<Instant>,
 }
 
 /// Objects in one answer of a list: a page is read as a whole, and pods may be large.
 const PAGE: u32 = 100;
 const FIRST: Duration = Duration::from_millis(200);
 const LAST: Duration = Duration::from_secs(5);
+/// After so long without a failure the next one is a first one again.
+const FORGOTTEN: Duration = Duration::from_secs(60);
+
+impl Retry {
+    fn after(&mut self, now: Instant) -> Duration {
+        if self.last.is_some_and(|last| now.duration_since(last) > FORGOTTEN) {
+            self.failures = 0;
+        }
+        self.last = Some(now);
+        let wait = FIRST.saturating_mul(1 << self.failures.min(10)).min(LAST);
+        self.failures = self.failures.saturating_add(1);
+        wait
+    }
+}
 
 impl Iterator for Retry {
     type Item = Duration;
 
     fn next(&mut self) -> Option<Duration> {
-        let wait = FIRST.saturating_mul(1 << self.failures.min(10)).min(LAST);
-        self.failures += 1;
         // Thousands of nodes must not come back in step.
-        Some(wait.mul_f64(rand::random_range(0.8..1.2)))
+        Some(self.after(Instant::now()).mul_f64(rand::random_range(0.8..1.2)))
     }
 }
 
 impl kube::runtime::utils::Backoff for Retry {
-    fn reset(&mut self) {
-        self.failures = 0;
+    /// Not here: a watch that begins anew says so before it has asked anything, and this is called for it. An API server
+    /// that refuses would be asked again and again without a pause.
+    fn reset(&mut self) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use kube::runtime::utils::Backoff;
+
+    use super::*;
+
+    #[test]
+    fn failures_in_a_row_wait_longer_also_when_each_try_begins_anew() {
+        let (mut retry, start) = (Retry::default(), Instant::now());
+        let mut at = |seconds| {
+            retry.reset();
+            retry.after(start + Duration::from_secs(seconds)).as_millis()
+        };
+        assert_eq!([0, 1, 2, 4, 8, 13, 18].map(&mut at), [200, 400, 800, 1600, 3200, 5000, 5000]);
+        assert_eq!(at(79), 200);
     }
 }

@@ -78,6 +78,8 @@ async fn cluster_controller(config: config::Controller, kubernetes: config::Kube
     let readiness_listener = bind(config.readiness_address, "readiness", "--readiness-address")?;
     let metrics_listener = bind(config.metrics_address, "metrics", "--metrics-address")?;
     let ca_listener = identity::bind(config.listen).await?;
+    let webhook_listener = bind(config.webhook_address, "the webhook", "--webhook-address")?;
+    let webhook_listener = tokio::net::TcpListener::from_std(webhook_listener)?;
     let server = ApiServer::connect(kubernetes.kubeconfig.as_deref(), None).await?;
     let tokens = match JoinTokens::existing(&config.state_dir) {
         Ok(tokens) => Some(Arc::new(tokens)),
@@ -92,6 +94,7 @@ async fn cluster_controller(config: config::Controller, kubernetes: config::Kube
         ca: ca_options(&config),
         poll: ROOTS_POLL,
         ca_listener,
+        webhook_listener,
         names: config.sans.clone(),
         tokens,
         readiness: readiness.clone(),
@@ -135,6 +138,13 @@ pub fn revoke_token(config: &config::Controller, token_or_id: &str) -> anyhow::R
 
 /// `mesh-agent controller rotate-root`: what was done, a sentence.
 pub fn rotate_root(config: config::Controller) -> anyhow::Result<String> {
+    if let Source::Kubernetes(kubernetes) = &config.source {
+        return control_runtime()?.block_on(async {
+            identity::install_provider();
+            let server = ApiServer::connect(kubernetes.kubeconfig.as_deref(), None).await?;
+            Ok(controller::rotate_root(&server, &kubernetes.namespace).await?)
+        });
+    }
     // It alone may change its CA, and knows which nodes must learn the new root first: signed too soon, they would trust
     // nobody.
     if !Ca::is_running(&ca_options(&config).state_dir)? {

@@ -14,6 +14,8 @@ use crate::model::{ObjectRef, Problem, Severity};
 const NAME: &str = "nodemesh";
 const KEY: &str = "nodemesh.yaml";
 
+type Apply = Box<dyn Fn(&config::Node, Vec<Problem>) + Send + Sync>;
+
 /// What follows the settings.
 pub(super) struct Follower {
     pub server: ApiServer,
@@ -22,7 +24,7 @@ pub(super) struct Follower {
     /// In force.
     pub node: Arc<ArcSwap<config::Node>>,
     /// Puts settings in force; the Problems are those of the text that its source has now.
-    pub apply: Box<dyn Fn(&config::Node, Vec<Problem>) + Send + Sync>,
+    pub apply: Apply,
 }
 
 impl Follower {

@@ -41,7 +41,7 @@ impl Members {
     pub fn of(pods: &NodePods) -> Self {
         Self {
             version: VERSION,
-            namespaces: pods.enabled_namespaces.iter().map(|name| name.to_string()).collect(),
+            namespaces: pods.enabled_namespaces.iter().map(ToString::to_string).collect(),
             pods: pods.pods.iter().map(|(uid, pod)| (uid.to_string(), pod.standing == Standing::Enabled)).collect(),
         }
     }

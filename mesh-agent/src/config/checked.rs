@@ -29,6 +29,8 @@ pub struct Node {
     /// Never 0.
     pub workers: usize,
     pub drain_timeout: Duration,
+    /// The same where another agent serves already.
+    pub upgrade_drain: Duration,
     /// From an agent that runs; else it is an error that there is one.
     pub take_over: bool,
     pub ca: CertificateAuthority,
@@ -157,6 +159,7 @@ const DEFAULT_CONFIG_DIR: &str = "/etc/nodemesh/manifests";
 const MIN_CERT_LIFETIME: Duration = Duration::from_secs(10);
 const MAX_CERT_LIFETIME: Duration = Duration::from_secs(365 * 24 * 3600);
 const MAX_DRAIN: Duration = Duration::from_secs(3600);
+const MAX_UPGRADE_DRAIN: Duration = Duration::from_secs(7 * 86_400);
 const MAX_WORKERS: u32 = 1024;
 /// 64 bytes an entry: a gigabyte, above which a kernel map is a mistake.
 const MAX_ORIG_DST_ENTRIES: u32 = 16 * 1024 * 1024;
@@ -186,6 +189,8 @@ impl Node {
                 0 => machine.cores.max(1),
                 n => usize::try_from(n).expect("a u32 fits"),
             },
+            upgrade_drain: w
+                .or("upgrade-drain", "1h", |t| value::duration_between(t, Duration::ZERO, MAX_UPGRADE_DRAIN))?,
             drain_timeout: w.or("drain-timeout", "5s", |t| value::duration_between(t, Duration::ZERO, MAX_DRAIN))?,
             take_over: w.or("take-over", "false", value::boolean)?,
             ca: w.certificate_authority()?,
@@ -249,11 +254,14 @@ impl Controller {
         Ok(Self { source, ..controller })
     }
 
-    /// For `token`, `revoke-token` and `rotate-root`, which read no manifests: those need not be there.
+    /// For `token`, `revoke-token` and `rotate-root`, which read no manifests: a directory of them need not be there.
     pub fn check_for_tools(written: &Written) -> Result<Self, ConfigError> {
         let w = Reader(written);
         Ok(Self {
-            source: Source::Directory(w.path("config-dir", DEFAULT_CONFIG_DIR)?),
+            source: match w.kubernetes()? {
+                Some(kubernetes) => Source::Kubernetes(kubernetes),
+                None => Source::Directory(w.path("config-dir", DEFAULT_CONFIG_DIR)?),
+            },
             state_dir: w.path("state-dir", "/var/lib/nodemesh")?,
             listen: w.or("listen", "0.0.0.0:15012", value::address)?,
             webhook_address: w.or("webhook-address", "0.0.0.0:15017", value::address)?,
@@ -400,19 +408,24 @@ impl Reader<'_> {
     }
 
     fn source(&self) -> Result<Source, ConfigError> {
+        match self.kubernetes()? {
+            Some(kubernetes) => Ok(Source::Kubernetes(kubernetes)),
+            None => Ok(Source::Directory(self.directory("config-dir", DEFAULT_CONFIG_DIR)?)),
+        }
+    }
+
+    fn kubernetes(&self) -> Result<Option<Kubernetes>, ConfigError> {
         let kubernetes = self.or("source", "directory", |t| match t {
             "directory" => Ok(false),
             "kubernetes" => Ok(true),
             _ => Err(format!("`{t}` is no source; write directory or kubernetes")),
         })?;
         if !kubernetes {
-            return Ok(Source::Directory(self.directory("config-dir", DEFAULT_CONFIG_DIR)?));
+            return Ok(None);
         }
         let kubeconfig = self.0.get("kubeconfig").map(|text| self.path("kubeconfig", text)).transpose()?;
-        Ok(Source::Kubernetes(Kubernetes {
-            kubeconfig,
-            namespace: self.or("namespace", "nodemesh-system", value::label)?,
-        }))
+        let namespace = self.or("namespace", "nodemesh-system", value::label)?;
+        Ok(Some(Kubernetes { kubeconfig, namespace }))
     }
 
     fn certificate_authority(&self) -> Result<CertificateAuthority, ConfigError> {

@@ -3,10 +3,11 @@
 use super::{ConfigError, Machine, Node, Written};
 
 /// What takes effect at once; for all else the agent must be started again.
-const LIVE: [&str; 10] = [
+const LIVE: [&str; 11] = [
     "log",
     "access-log",
     "drain-timeout",
+    "upgrade-drain",
     "cert-lifetime",
     "cluster-domain",
     "cluster-id",
@@ -51,6 +52,7 @@ impl Live {
             logging: super::Logging { filter: next.logging.filter, format: node.logging.format },
             access_log: next.access_log,
             drain_timeout: next.drain_timeout,
+            upgrade_drain: next.upgrade_drain,
             cert_lifetime: next.cert_lifetime,
             cluster_domain: next.cluster_domain,
             cluster_id: next.cluster_id,

@@ -103,6 +103,7 @@ pub const SETTINGS: &[Setting] = &[
     one(PLACE, NODE, "cni-socket", "PATH", "/run/nodemesh/cni.sock", "Unix socket that mesh-cni asks"),
     one(PLACE, NODE, "workers", "N", "0", "Threads that carry traffic; 0 is one for each core"),
     one(PLACE, NODE, "drain-timeout", "TIME", "5s", "How long open connections may go on after SIGTERM"),
+    one(PLACE, NODE, "upgrade-drain", "TIME", "1h", "How long they may after another agent took over"),
     switch(PLACE, NODE, "take-over", "Take over from an agent of this node that runs"),
     one(PLACE, CONTROLLER, "listen", "IP:PORT", "0.0.0.0:15012", "Where nodes ask for certificates"),
     one(

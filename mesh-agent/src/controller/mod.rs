@@ -6,10 +6,13 @@
 //! here: a controller that starts finds all of it in the cluster.
 
 mod accounts;
+mod admission;
 mod lease;
 mod scheduled;
 mod secret;
+mod status;
 mod trust_bundle;
+mod webhook;
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -20,7 +23,7 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use crate::api_server::{ApiServer, Change, Kind, watch as watch_objects};
+use crate::api_server::{ApiError, ApiServer, Change, Kind, watch as watch_objects};
 use crate::identity::{self, Accounts, Ca, CaOptions, CaServerError, CaServerOptions, JoinTokens, RunsOn};
 use crate::lifecycle::Readiness;
 use crate::translate::Settings;
@@ -44,6 +47,7 @@ pub struct Inputs {
     /// How often nodes ask for the roots.
     pub poll: Duration,
     pub ca_listener: TcpListener,
+    pub webhook_listener: TcpListener,
     /// Further names in the controller's own certificate.
     pub names: Vec<String>,
     /// For nodes outside the cluster; `None` takes none.
@@ -55,7 +59,19 @@ pub struct Inputs {
 
 /// Serves until `stop`. What the cluster lacks is said and waited for.
 pub async fn run(inputs: Inputs, stop: impl Future<Output = ()>) -> Result<(), CaServerError> {
-    let Inputs { server, namespace, settings, ca, poll, ca_listener, mut names, tokens, readiness, me } = inputs;
+    let Inputs {
+        server,
+        namespace,
+        settings,
+        ca,
+        poll,
+        ca_listener,
+        webhook_listener,
+        mut names,
+        tokens,
+        readiness,
+        me,
+    } = inputs;
     let starting = readiness.block("the CA, the pods and the namespaces");
     let (stopping, stopped) = watch::channel(false);
     let place = Place::new(server.clone(), &namespace, ca);
@@ -74,13 +90,14 @@ pub async fn run(inputs: Inputs, stop: impl Future<Output = ()>) -> Result<(), C
         });
     }
     let (opened, open) = watch::channel(None::<Arc<Ca>>);
-    let leader = Leader { server: server.clone(), place: place.clone(), secret: secret.clone(), ca: open };
+    let leader = Leader { server: server.clone(), settings, place: place.clone(), secret: secret.clone(), ca: open };
     let election = tokio::spawn({
         let election = Election::new(server.clone(), &namespace, &me);
         let mut stopped = stopped.clone();
         async move {
             let stop = async { drop(stopped.wait_for(|stopped| *stopped).await) };
-            election.run(|| leader.clone().lead(), stop).await;
+            // Boxed: it is large, and moved with each change of the lead.
+            election.run(|| Box::pin(leader.clone().lead()), stop).await;
         }
     });
     let serving = async {
@@ -101,6 +118,7 @@ pub async fn run(inputs: Inputs, stop: impl Future<Output = ()>) -> Result<(), C
         names.dedup();
         drop(starting);
         tracing::info!(listen = ?ca_listener.local_addr().ok(), trust_domain = %ca.trust_domain(), "the CA is ready");
+        let (webhook_ca, webhook_names) = (ca.clone(), names.clone());
         let options = CaServerOptions {
             listener: ca_listener,
             names,
@@ -111,7 +129,10 @@ pub async fn run(inputs: Inputs, stop: impl Future<Output = ()>) -> Result<(), C
             poll,
         };
         let mut stopped = stopped.clone();
-        identity::serve(options, async move { drop(stopped.wait_for(|stopped| *stopped).await) }).await
+        tokio::select! {
+            outcome = identity::serve(options, async move { drop(stopped.wait_for(|stopped| *stopped).await) }) => outcome,
+            outcome = webhook::serve(webhook_listener, &webhook_ca, webhook_names) => match outcome? {},
+        }
     };
     let mut stopping_early = stopped.clone();
     let outcome = tokio::select! {
@@ -130,10 +151,18 @@ pub async fn run(inputs: Inputs, stop: impl Future<Output = ()>) -> Result<(), C
     outcome
 }
 
+/// Asks the leader for a new root: what was done, a sentence.
+pub async fn rotate_root(server: &ApiServer, namespace: &str) -> Result<String, ApiError> {
+    let patch = serde_json::json!({"metadata": {"annotations": {(secret::ROTATE_ROOT): "asked"}}});
+    server.merge(&Kind::SECRET, namespace, secret::CA_SECRET, "", &patch).await?;
+    Ok("the controller that leads is asked for a new root; see its log. It signs when all nodes trust it".to_owned())
+}
+
 /// What the leader needs for its part.
 #[derive(Clone)]
 struct Leader {
     server: ApiServer,
+    settings: Settings,
     place: Place,
     secret: watch::Receiver<secret::Seen>,
     ca: watch::Receiver<Option<Arc<Ca>>>,
@@ -142,16 +171,20 @@ struct Leader {
 impl Leader {
     /// Writes until it is dropped. All in this one future, so that nothing of it goes on when the Lease is lost.
     async fn lead(self) -> Infallible {
-        let Self { server, place, secret, mut ca } = self;
+        let Self { server, settings, place, secret, mut ca } = self;
         let with_ca = async {
             let ca = match ca.wait_for(Option::is_some).await.map(|ca| ca.clone()) {
                 Ok(Some(ca)) => ca,
                 _ => std::future::pending().await,
             };
-            trust_bundle::keep(&server, ca.trusted()).await
+            tokio::select! {
+                never = trust_bundle::keep(&server, ca.trusted()) => never,
+                never = webhook::keep_known(&server, ca.trusted()) => never,
+            }
         };
         tokio::select! {
             never = place.lead(secret) => never,
+            never = status::keep(&server, &settings) => never,
             never = with_ca => never,
         }
     }
@@ -193,7 +226,7 @@ async fn follow(
     while let Some(change) = changes.next().await {
         match &change {
             // The list or watch of a kind that is not installed.
-            Change::Failed(crate::api_server::ApiError::NotFound { .. }) => {}
+            Change::Failed(ApiError::NotFound { .. }) => {}
             Change::Failed(e) => said.warn(&format!("{} cannot be read: {e}; what was known stays", kind.plural)),
             Change::Complete | Change::Applied(_) | Change::Deleted(_) => said.clear(),
             Change::Begin | Change::Listed(_) => {}

@@ -106,7 +106,8 @@ pub fn serve(path: &Path, giver: Giver) -> io::Result<Successor> {
                         tokio::time::sleep(Duration::from_secs(1)).await;
                     }
                 },
-                Some(Ok(Some(end))) = talks.join_next() => {
+                Some(ended) = talks.join_next() => {
+                    let Ok(Some(end)) = ended else { continue };
                     let handed = matches!(end, Given::Handed { .. });
                     let _ = tell.send(end);
                     if handed {

@@ -8,6 +8,7 @@
 
 mod give;
 mod own;
+mod stand_by;
 mod take;
 mod wire;
 
@@ -16,6 +17,7 @@ use std::time::Duration;
 
 pub use give::{Given, Giver, Successor, serve};
 pub use own::{Own, OwnError};
+pub use stand_by::{Turn, TurnError};
 pub use take::{Predecessor, TakeError, Taken, find};
 
 /// For an answer that only needs the other process to run.

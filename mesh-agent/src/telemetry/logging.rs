@@ -65,8 +65,14 @@ pub fn parse(filter: &str) -> Result<EnvFilter, String> {
     if !filter.split(',').all(good) {
         return Err(bad());
     }
-    filter.parse().map_err(|_| bad())
+    // Each failure of theirs is an error to us, which is said once and in words; they say it at each try.
+    let quiet: String =
+        CHATTY.iter().filter(|name| !filter.contains(*name)).map(|name| format!(",{name}=off")).collect();
+    format!("{filter}{quiet}").parse().map_err(|_| bad())
 }
+
+/// Crates whose log repeats what ours says.
+const CHATTY: [&str; 2] = ["kube_client", "kube_runtime"];
 
 #[cfg(test)]
 mod tests {
@@ -87,6 +93,9 @@ mod tests {
             }
             assert_eq!(level.get(), "info,mesh_agent=debug");
             assert!(tracing::enabled!(target: "mesh_agent", tracing::Level::DEBUG));
+            assert!(!tracing::enabled!(target: "kube_client", tracing::Level::ERROR));
+            level.set("info,kube_client=warn").unwrap();
+            assert!(tracing::enabled!(target: "kube_client", tracing::Level::ERROR));
         });
     }
 }

@@ -188,6 +188,13 @@ pub fn translate(settings: &Settings, objects: &[Object], before: &Memory) -> Tr
     Translation { parts: mesh.parts(), node_pods: mesh.node_pods(), problems, memory }
 }
 
+/// What is wrong with an object by itself. Nothing is said of what is in force in its place: that depends on what was good.
+pub fn judge(object: &Object) -> Vec<Problem> {
+    let mut report = Report::of(object);
+    let _ = parse_object(object, &mut report);
+    report.into_problems()
+}
+
 /// What becomes of an object that cannot be read and never could.
 struct Broken {
     /// End of the sentence of its Problem.

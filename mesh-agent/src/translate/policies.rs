@@ -52,6 +52,8 @@ impl<T> BySelector<T> {
     }
 }
 
+type Made = HashMap<(MtlsModes, Vec<usize>), Arc<Rules>>;
+
 /// All policies in force, ready to be asked for each pod.
 #[derive(Default)]
 pub(super) struct Policies {
@@ -70,7 +72,7 @@ struct Ready {
     problems: Vec<Problem>,
     /// Pods with the same rules share them: ten thousand pods of a namespace cost one list. The key is the mode and the
     /// addresses of the shared policies.
-    rules: RefCell<HashMap<(MtlsModes, Vec<usize>), Arc<Rules>>>,
+    rules: RefCell<Made>,
 }
 
 /// The policies of one namespace.

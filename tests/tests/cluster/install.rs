@@ -32,7 +32,7 @@ pub fn uninstalling_leaves_the_nodes_as_they_were(stage: &Stage) {
     kube.apply(&crate::stage::peer("left", "web", "n1", &["echo", "[::]:8080"]));
     kube.ready("left", "web");
     stage.wait_in_mesh("left", &["web"]);
-    kube.meshctl(&["uninstall", "--kubernetes", "--yes"]).success();
+    kube.meshctl(&["uninstall", "--kubernetes"]).success();
     let all = "daemonsets,deployments,services,configmaps,secrets,serviceaccounts,roles,rolebindings,leases,poddisruptionbudgets";
     for (kinds, args) in [
         (all, vec!["--all-namespaces", "-l", "app.kubernetes.io/part-of=nodemesh"]),

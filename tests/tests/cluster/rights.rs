@@ -11,6 +11,7 @@ use crate::stage::{MESH, Stage, peer};
 const AGENT: &[&str] = &[
     "get,list,watch namespaces,nodes,pods,services",
     "get,list,watch endpointslices.discovery.k8s.io",
+    "get,list,watch runtimeclasses.node.k8s.io",
     "get,list,watch authorizationpolicies.security.istio.io,peerauthentications.security.istio.io",
     "patch pods",
     "create events",

@@ -51,6 +51,12 @@ impl Stage {
     /// A namespace, in the mesh or not said.
     #[track_caller]
     pub fn namespace(&self, name: &str, meshed: bool) {
+        // What a run before has left, of a cluster that was kept.
+        if !self.kube.get(&["namespace", name]).is_null() {
+            self.kube
+                .kubectl(&["delete", "namespace", name, "--wait", "--timeout=60s", "--request-timeout=0"])
+                .success();
+        }
         let label = if meshed { "{nodemesh.io/mode: enabled}" } else { "{}" };
         self.kube.apply(&format!("apiVersion: v1\nkind: Namespace\nmetadata: {{name: {name}, labels: {label}}}\n"));
         // Without it the pods of a new namespace are refused for a moment.

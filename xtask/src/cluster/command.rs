@@ -21,7 +21,11 @@ const POLL: Duration = Duration::from_millis(50);
 
 /// From here on Ctrl-C makes the next wait fail, so that the caller can clean up in order.
 pub fn watch_interrupt() -> Result<()> {
-    ctrlc::set_handler(|| INTERRUPTED.store(true, Ordering::Relaxed)).context("cannot watch for Ctrl-C")
+    match ctrlc::set_handler(|| INTERRUPTED.store(true, Ordering::Relaxed)) {
+        // Several steps of one command ask for it.
+        Ok(()) | Err(ctrlc::Error::MultipleHandlers) => Ok(()),
+        Err(e) => Err(e).context("cannot watch for Ctrl-C"),
+    }
 }
 
 pub fn check_interrupt() -> Result<()> {

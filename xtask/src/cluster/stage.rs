@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 
-use super::layout::Cluster;
+use super::layout::{CONTROL, Cluster};
 use super::{build, down, load, up};
 use crate::run::root;
 use crate::{build as programs, image};
@@ -61,6 +61,16 @@ impl Stage {
 
     pub fn kubeconfig(&self) -> PathBuf {
         self.cluster.kubeconfig()
+    }
+
+    /// A folder with a `kubectl` for it.
+    pub fn bin(&self) -> PathBuf {
+        self.cluster.bin()
+    }
+
+    /// What stands before a command that is to see the API server.
+    pub fn enter(&self) -> String {
+        format!("nsenter --net={}", self.cluster.netns_path(CONTROL).display())
     }
 
     /// Leaves it running.

@@ -44,6 +44,7 @@ fn the_defaults() {
             cni: None,
             workers: 4,
             drain_timeout: Duration::from_secs(5),
+            upgrade_drain: Duration::from_secs(3600),
             ca: CertificateAuthority::Embedded,
             cert_lifetime: Duration::from_secs(24 * 3600),
             trust_domain: TrustDomain::new("cluster.local").unwrap(),
@@ -241,6 +242,12 @@ fn wrong_commands() {
     refused("serve", &[], "unknown command `serve`; see `mesh-agent --help`");
     refused("--quiet", &[], "unknown flag `--quiet`; see `mesh-agent --help`");
     refused("controller token", &[], "--node <NAME> is missing; see `mesh-agent controller --help`");
+}
+
+#[test]
+fn an_agent_with_a_ca_of_its_own_takes_nothing_over() {
+    let error = wish("node --take-over --embedded-ca --config-dir / --node-name a", &[]).unwrap_err().to_string();
+    assert!(error.contains("--take-over and --embedded-ca exclude each other"), "{error}");
 }
 
 #[test]

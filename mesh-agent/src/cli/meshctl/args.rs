@@ -39,6 +39,8 @@ pub(super) enum Place {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Task {
     Show(Page),
+    /// Whether the agent of this very pod serves and is ready.
+    Ready,
     /// Show the level, or set it.
     Log(Option<String>),
     Analyze(Analysis),
@@ -93,6 +95,8 @@ fn command() -> Command {
     let log = Command::new("log")
         .about("Show the agent's log level, or change it while it runs")
         .arg(Arg::new("level").value_name("LEVEL").help("error, warn, info, debug, trace, off, or target=level,..."));
+    // For the probe of the agent's container, and scripts that wait for an agent.
+    let ready = Command::new("ready").about("Succeed if the agent is ready").hide(true);
     let analyze = Command::new("analyze")
         .about("Check a directory of manifests; needs no agent")
         .arg(namespace())
@@ -137,6 +141,7 @@ fn command() -> Command {
         .subcommands(cluster_args::commands())
         .subcommands(pages)
         .subcommand(log)
+        .subcommand(ready)
         .subcommand(analyze)
         .subcommand(uninstall)
 }
@@ -173,7 +178,9 @@ pub(super) fn parse(
     let given = inner.get_many::<String>("socket").map(|paths| paths.map(PathBuf::from).collect());
     let given = given.or_else(|| Some(vec![PathBuf::from(variable(SOCKET_VARIABLE)?)]));
     let node = inner.get_one::<String>("node").cloned();
-    let place = match (inner.get_flag("kubernetes") || node.is_some(), &given) {
+    let said = |name: &str| inner.get_one::<String>(name).is_some();
+    let in_cluster = inner.get_flag("kubernetes") || node.is_some() || said("kubeconfig") || said("context");
+    let place = match (in_cluster, &given) {
         (true, _) => Place::Cluster,
         (false, Some(_)) => Place::Here,
         (false, None) => Place::WhereItIs,
@@ -185,6 +192,7 @@ pub(super) fn parse(
     let task = match (task, name, PAGES.iter().find(|(page, ..)| *page == name)) {
         (Some(task), ..) => Task::Cluster(task),
         (None, _, Some((_, page, _))) => Task::Show(*page),
+        (None, "ready", None) => Task::Ready,
         (None, "log", None) => Task::Log(log_level(inner)?),
         (None, "analyze", None) => {
             let mut written = Written::default();

@@ -55,7 +55,7 @@ async fn perform(wish: Wish, screen: Screen, out: &mut impl Write) -> anyhow::Re
         Task::Cluster(task) => return cluster::perform(task, &access, output, screen, out).await,
         Task::Uninstall(config) => return cleanup(config, out),
         Task::Analyze(analysis) => return analyze::analyze(analysis, output, namespace.as_deref(), screen, out),
-        Task::Show(_) | Task::Log(_) => {}
+        Task::Show(_) | Task::Log(_) | Task::Ready => {}
     }
     let in_cluster = match place {
         Place::Here => false,
@@ -105,6 +105,12 @@ async fn perform(wish: Wish, screen: Screen, out: &mut impl Write) -> anyhow::Re
                 print_json(&answers, out)?;
             }
         },
+        Task::Ready => {
+            let pod = std::env::var(crate::app::POD_NAME).ok();
+            for Answer { value, .. } in asked.get::<StatusView>("/status").await? {
+                is_ready(&value, pod.as_deref())?;
+            }
+        }
         Task::Log(None) => {
             let answers: Vec<Answer<LoggingView>> = asked.get("/logging").await?;
             asked.log_levels(&answers, "is", out)?;
@@ -140,6 +146,17 @@ async fn connect(sockets: &[std::path::PathBuf]) -> anyhow::Result<(Vec<(String,
     match (clients.is_empty(), missing) {
         (true, Some(failure)) => Err(failure.into()),
         (_, missing) => Ok((clients, missing)),
+    }
+}
+
+/// While one agent of a node takes over from another, the one that is asked may be the other.
+fn is_ready(status: &StatusView, pod: Option<&str>) -> Result<(), Failure> {
+    match &status.pod {
+        Some(serving) if pod.is_some_and(|pod| pod != serving) => {
+            Err(Failure::unavailable(format!("the agent of pod {serving} still serves this node")))
+        }
+        _ if status.ready => Ok(()),
+        _ => Err(Failure::unavailable(format!("the agent waits for {}", status.waiting_for.join(", ")))),
     }
 }
 

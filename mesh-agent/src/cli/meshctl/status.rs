@@ -11,6 +11,7 @@ pub(super) fn render(status: &StatusView, screen: Screen) -> String {
     // Whole: what is new has to be thought of here.
     let StatusView {
         node,
+        pod: _,
         version,
         uptime_seconds,
         ready,

@@ -280,6 +280,7 @@ warning  shop.yaml:12: AuthorizationPolicy shop/only-web (on a)
 fn status() -> StatusView {
     StatusView {
         node: "a".to_owned(),
+        pod: None,
         version: "0.1.0".to_owned(),
         uptime_seconds: 90_061,
         ready: true,
@@ -588,4 +589,66 @@ async fn help_fits_eighty_columns() {
             assert!(line.chars().count() <= 80, "{line}");
         }
     }
+}
+
+#[test]
+fn ready_is_only_the_agent_of_the_asking_pod() {
+    let answer = |pod: Option<&str>, ready: bool| {
+        let waiting_for = if ready { vec![] } else { vec!["the pods of this node".to_owned()] };
+        StatusView { pod: pod.map(str::to_owned), ready, waiting_for, ..status() }
+    };
+    let why = |status: &StatusView, pod| is_ready(status, pod).map_err(|failure| failure.message);
+    assert_eq!(why(&answer(Some("new"), true), Some("new")), Ok(()));
+    assert_eq!(why(&answer(Some("old"), true), Some("new")), Err("the agent of pod old still serves this node".into()));
+    assert_eq!(why(&answer(Some("new"), false), Some("new")), Err("the agent waits for the pods of this node".into()));
+    assert_eq!(why(&answer(None, true), None), Ok(()), "outside of Kubernetes");
+}
+
+fn parsed(words: &[&str]) -> Wish {
+    let machine = Machine { hostname: "host".to_owned(), cores: 1 };
+    let args = std::iter::once("meshctl").chain(words.iter().copied()).map(OsString::from);
+    args::parse(args, |_| None, &machine).unwrap().expect("no help was asked for")
+}
+
+#[test]
+fn a_cluster_is_asked_where_it_is_meant() {
+    let place = |words: &[&str]| parsed(words).place;
+    assert_eq!(place(&["status"]), Place::WhereItIs);
+    assert_eq!(place(&["status", "--socket", "/x"]), Place::Here);
+    assert_eq!(place(&["--kubernetes", "status"]), Place::Cluster);
+    assert_eq!(place(&["status", "--node", "n1"]), Place::Cluster, "only a cluster has other nodes");
+}
+
+#[test]
+fn a_namespace_is_the_meshs_or_a_filter() {
+    let pages = parsed(&["workloads", "-n", "shop", "--mesh-namespace", "mesh"]);
+    assert_eq!((pages.namespace.as_deref(), pages.access.namespace.as_str()), (Some("shop"), "mesh"));
+    assert_eq!(parsed(&["install", "-n", "mesh"]).access.namespace, "mesh");
+    assert_eq!(parsed(&["manifest", "generate", "-n", "mesh"]).access.namespace, "mesh");
+    assert_eq!(parsed(&["check"]).access.namespace, "nodemesh-system");
+}
+
+/// What takes a mesh out of a whole cluster has to be said.
+#[test]
+fn uninstall_is_of_this_node_unless_it_says_otherwise() {
+    assert!(matches!(parsed(&["uninstall"]).task, Task::Uninstall(_)));
+    let Task::Cluster(cluster::Task::Uninstall(wish)) = parsed(&["uninstall", "--kubernetes", "--timeout", "90s"]).task
+    else {
+        panic!("it is of a cluster");
+    };
+    assert_eq!((wish.timeout.as_secs(), wish.force, wish.purge), (90, false, false));
+}
+
+#[test]
+fn what_is_installed_is_given_in_helms_words() {
+    let words = ["install", "--profile", "demo", "-f", "a", "-f", "b", "--set", "x=1,y=2", "--set", "z=3", "--dry-run"];
+    let Task::Cluster(cluster::Task::Install(wish)) = parsed(&words).task else { panic!("it is an installation") };
+    assert_eq!(wish.given.profile.as_deref(), Some("demo"));
+    assert_eq!(wish.given.files, [PathBuf::from("a"), PathBuf::from("b")]);
+    assert_eq!(wish.given.set, ["x=1,y=2", "z=3"]);
+    assert!(wish.dry_run);
+    let Task::Cluster(cluster::Task::ProfileDump(given)) = parsed(&["profile", "dump", "minimal"]).task else {
+        panic!("it is a profile")
+    };
+    assert_eq!(given.profile.as_deref(), Some("minimal"));
 }

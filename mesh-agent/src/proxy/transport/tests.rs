@@ -365,6 +365,47 @@ fn a_session_that_the_peer_closed_is_not_quiet() {
     });
 }
 
+/// The server stops; what the client sent before it heard of that is served all the same.
+#[test]
+fn a_session_that_goes_away_serves_what_is_on_its_way() {
+    on_worker(async {
+        let (near, far) = Pki::new().await.tunnel(Tunnel::Session).await;
+        let (apps, mut served) = tokio::sync::mpsc::unbounded_channel();
+        let (mut session, mut server) = (Session::new(near), Session::new(far));
+        server.go_away().await.unwrap();
+        serve(server, apps, Rc::default());
+        let (mut client, agent) = pair().await;
+        client.write_all(b"asked before").await.unwrap();
+        super::io::readable(&agent).await.unwrap();
+        let early = Early::new(&agent);
+        assert_eq!(session.open(target(TARGET), &early).await.unwrap(), Answer::Opened);
+        assert!(session.is_leaving(), "and the session is used no more after it");
+        let sent = early.sent();
+        let mut app = served.recv().await.unwrap();
+        let talk = async {
+            let mut heard = [0; 12];
+            app.read_exact(&mut heard).await.unwrap();
+            assert_eq!(&heard, b"asked before");
+            drop((app, client));
+        };
+        let counts = Counts::default();
+        tokio::join!(talk, session.relay(agent, Side::Client, sent, &counts, forever()));
+    });
+}
+
+/// An idle session that was told so is not taken again.
+#[test]
+fn a_session_that_goes_away_is_not_quiet() {
+    on_worker(async {
+        let (near, far) = Pki::new().await.tunnel(Tunnel::Session).await;
+        let (session, mut server) = (Session::new(near), Session::new(far));
+        assert!(session.is_quiet());
+        server.go_away().await.unwrap();
+        super::io::readable(session.tcp()).await.unwrap();
+        assert!(!session.is_quiet());
+    });
+}
+
 #[test]
 fn hbone_carries_many_connections_at_once() {
     on_worker(async {

@@ -38,7 +38,7 @@ impl Heard {
     }
 
     fn yes(&self, digit: usize, one_in: u8) -> bool {
-        self.digits[digit] % one_in == 0
+        self.digits[digit].is_multiple_of(one_in)
     }
 
     fn object(&self) -> Object {

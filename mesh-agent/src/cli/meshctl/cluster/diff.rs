@@ -34,7 +34,11 @@ fn walk(old: &Value, new: &Value, path: &str, found: &mut Vec<String>) {
         (Value::Object(a), Value::Object(b)) => {
             let keys: BTreeSet<&String> = a.keys().chain(b.keys()).collect();
             for key in keys {
-                let at = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
+                let at = match path {
+                    "" => key.clone(),
+                    file if file.ends_with(':') => format!("{file} {key}"),
+                    path => format!("{path}.{key}"),
+                };
                 walk(a.get(key).unwrap_or(&Value::Null), b.get(key).unwrap_or(&Value::Null), &at, found);
             }
         }
@@ -54,15 +58,17 @@ fn walk(old: &Value, new: &Value, path: &str, found: &mut Vec<String>) {
                 walk(a.get(i).unwrap_or(&Value::Null), b.get(i).unwrap_or(&Value::Null), &at, found);
             }
         }
-        (a, b) if a == b || same_yaml(a, b) => {}
-        (a, b) => found.push(format!("{path}: {} -> {}", shown(a), shown(b))),
+        (a, b) if a == b => {}
+        // Files in ConfigMaps are texts, which two writers of YAML quote differently.
+        (a, b) => match (file(a), file(b)) {
+            (Some(a), Some(b)) => walk(&a, &b, &format!("{path}:"), found),
+            _ => found.push(format!("{path}: {} -> {}", shown(a), shown(b))),
+        },
     }
 }
 
-/// Files in ConfigMaps are texts, which two writers of YAML quote differently.
-fn same_yaml(a: &Value, b: &Value) -> bool {
-    let parsed = |value: &Value| value.as_str().and_then(|text| yaml::parse(text).ok()).filter(|v| !v.is_string());
-    parsed(a).is_some_and(|a| Some(a) == parsed(b))
+fn file(value: &Value) -> Option<Value> {
+    value.as_str().and_then(|text| yaml::parse(text).ok()).filter(Value::is_object)
 }
 
 fn shown(value: &Value) -> String {
@@ -121,7 +127,10 @@ mod tests {
     fn a_file_in_a_config_map_is_compared_by_its_meaning() {
         let map = |text: &str| json!({"data": {"f.yaml": text}});
         assert!(lines(&map("a: \"x\"\nb: 1\n"), &map("b: 1\na: x")).is_empty());
-        assert_eq!(lines(&map("a: x"), &map("a: y")).len(), 1);
+        assert_eq!(
+            lines(&map("a: x"), &map("a: y\nb: {}")),
+            [r#"data.f.yaml: a: "x" -> "y""#, "data.f.yaml: b: nothing -> {}"]
+        );
         assert_eq!(lines(&map("plain"), &map("other")).len(), 1);
     }
 

@@ -10,6 +10,7 @@ use tokio::time::Instant;
 use super::objects::{AGENT, CONTROLLER, name};
 use crate::api_server::{ApiError, ApiServer, Kind};
 use crate::cli::exit::Failure;
+use crate::cli::meshctl::layout::wrap;
 
 /// How often is looked: a person waits.
 pub(super) const POLL: Duration = Duration::from_millis(300);
@@ -19,6 +20,8 @@ pub(super) const POLL: Duration = Duration::from_millis(300);
 pub(super) struct Progress {
     pub(super) ready: u64,
     pub(super) wanted: u64,
+    /// Its controller has taken up the last change.
+    pub(super) seen: bool,
     /// All of the newest version, and none of an older one left.
     pub(super) done: bool,
 }
@@ -35,7 +38,7 @@ pub(super) fn progress(object: &Value) -> Progress {
         let updated = number("updatedReplicas");
         (wanted, number("availableReplicas"), updated, number("replicas").saturating_sub(updated))
     };
-    Progress { ready, wanted, done: seen && ready >= wanted && updated >= wanted && others == 0 }
+    Progress { ready, wanted, seen, done: seen && ready >= wanted && updated >= wanted && others == 0 }
 }
 
 /// The two workloads of a mesh, by kind and name.
@@ -75,7 +78,8 @@ pub(super) async fn wait(
                 ))
                 .into());
             };
-            let Progress { ready, wanted, done } = progress(&object);
+            let Progress { ready, wanted, seen, done } = progress(&object);
+            let done = done || seen && *kind == Kind::DAEMON_SET && served(server, mesh, &object).await? >= wanted;
             if done {
                 let seconds = start.elapsed().as_secs_f64();
                 writeln!(out, "  ready     {} {name}: {ready} of {wanted} ({seconds:.1} s)", kind.kind)?;
@@ -91,7 +95,7 @@ pub(super) async fn wait(
                 if let Some(trouble) = trouble(&pod)
                     && told.insert(trouble.clone())
                 {
-                    writeln!(out, "  not yet   {trouble}")?;
+                    writeln!(out, "{}", format_args!("  {}", wrap(&format!("not yet   {trouble}"), 78, 12)))?;
                     out.flush()?;
                 }
             }
@@ -107,6 +111,24 @@ pub(super) async fn wait(
         }
         tokio::time::sleep(POLL).await;
     }
+}
+
+/// On how many nodes an agent of the newest revision is ready. The status of the DaemonSet counts one that drains as the
+/// node's until it has ended, which may be an hour after another has taken over from it.
+async fn served(server: &ApiServer, mesh: &str, agent: &Value) -> anyhow::Result<u64> {
+    let newest = revision(server, mesh, agent).await?;
+    let pods = pods(server, mesh, AGENT).await?;
+    let new = |pod: &&Value| is_ready(pod) && pod["metadata"]["labels"]["controller-revision-hash"] == *newest;
+    Ok(pods.iter().filter(new).map(node_of).collect::<BTreeSet<_>>().len() as u64)
+}
+
+/// The hash that pods of the newest revision carry.
+pub(super) async fn revision(server: &ApiServer, mesh: &str, agent: &Value) -> anyhow::Result<String> {
+    let all = server.list(&Kind::CONTROLLER_REVISION, Some(mesh), &format!("app={AGENT}")).await?;
+    let of_it = all.iter().filter(|r| r["metadata"]["ownerReferences"][0]["uid"] == agent["metadata"]["uid"]);
+    let newest = of_it.max_by_key(|r| r["revision"].as_u64());
+    let hash = newest.and_then(|r| r["metadata"]["labels"]["controller-revision-hash"].as_str());
+    Ok(hash.unwrap_or_default().to_owned())
 }
 
 pub(super) async fn pods(server: &ApiServer, mesh: &str, app: &str) -> Result<Vec<Value>, ApiError> {
@@ -191,7 +213,7 @@ mod tests {
                            "updatedNumberScheduled": updated, "numberAvailable": available},
             }))
         };
-        assert_eq!(set(2, 3, 3), Progress { ready: 3, wanted: 3, done: true });
+        assert_eq!(set(2, 3, 3), Progress { ready: 3, wanted: 3, seen: true, done: true });
         assert!(!set(1, 3, 3).done, "its controller has not seen the change");
         assert!(!set(2, 2, 3).done, "one is of the old version");
         assert!(!set(2, 3, 2).done);

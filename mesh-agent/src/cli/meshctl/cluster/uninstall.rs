@@ -26,8 +26,12 @@ pub(in crate::cli::meshctl) struct Uninstall {
 }
 
 const CLEANUP: &str = "nodemesh-cleanup";
+/// For an agent to end, in seconds: it lets connections go on for five.
+const GRACE: u32 = 10;
 /// On the DaemonSet: the nodes that have to be cleaned.
 const NODES: &str = "nodemesh.io/uninstalled-nodes";
+/// What the controller writes on its ConfigMaps; one of that name without it is somebody else's.
+const CONTROLLERS: &str = "app.kubernetes.io/managed-by=nodemesh";
 const TRUST: &str = "nodemesh-ca-root";
 
 pub(super) async fn uninstall(access: &Access, wish: &Uninstall, out: &mut impl Write) -> anyhow::Result<()> {
@@ -73,6 +77,10 @@ async fn nodes(server: &ApiServer, mesh: &str, wish: &Uninstall, out: &mut impl 
     server.merge(&Kind::DAEMON_SET, mesh, AGENT, "", &nowhere).await?;
     writeln!(out, "  stopping  the agents of {} nodes", nodes.len())?;
     out.flush()?;
+    // One that another has taken over from would go on for as long as its last connection.
+    for pod in pods(server, mesh, AGENT).await? {
+        server.end_pod(mesh, name(&pod), GRACE).await?;
+    }
     gone(server, mesh, AGENT, wish.timeout).await?;
     let template = &agent["spec"]["template"];
     for node in &nodes {
@@ -214,8 +222,10 @@ async fn one_gone(server: &ApiServer, mesh: &str, pod: &str, timeout: Duration) 
 /// What controller and agents have written at other places.
 async fn traces(server: &ApiServer, mesh: &str, out: &mut impl Write) -> anyhow::Result<()> {
     let mut count = 0;
-    for space in server.list(&Kind::NAMESPACE, None, "").await? {
-        count += usize::from(server.delete(&Kind::CONFIG_MAP, name(&space), TRUST).await?);
+    for map in server.list(&Kind::CONFIG_MAP, None, CONTROLLERS).await? {
+        if name(&map) == TRUST {
+            count += usize::from(server.delete(&Kind::CONFIG_MAP, namespace(&map), TRUST).await?);
+        }
     }
     if count > 0 {
         writeln!(out, "  removed   ConfigMap {TRUST} from {count} namespaces")?;

@@ -19,6 +19,9 @@ use crate::api_server::{ApiServer, Kind};
 use crate::cli::exit::Failure;
 use crate::cli::meshctl::chart::{self, VERSION};
 
+/// Trouble of an agent that starts may pass: its predecessor still has something, or the API server is busy.
+const PATIENCE: Duration = Duration::from_secs(20);
+
 pub(super) async fn upgrade(access: &Access, wish: &Install, out: &mut impl Write) -> anyhow::Result<()> {
     let Install { given, dry_run, timeout } = wish;
     let server = access.connect().await?;
@@ -86,7 +89,12 @@ async fn follow(server: &ApiServer, mesh: &str, timeout: Duration, out: &mut imp
     loop {
         let agent = ready::workload(server, mesh, &Kind::DAEMON_SET, AGENT).await?.unwrap_or_default();
         let progress = ready::progress(&agent);
-        let newest = revision(server, mesh, &agent).await?;
+        if !progress.seen {
+            // The newest revision would be that of before.
+            tokio::time::sleep(POLL).await;
+            continue;
+        }
+        let newest = ready::revision(server, mesh, &agent).await?;
         let pods = pods(server, mesh, AGENT).await?;
         let new = |pod: &&Value| pod["metadata"]["labels"]["controller-revision-hash"] == *newest;
         for pod in pods.iter().filter(new).filter(|pod| is_ready(pod)) {
@@ -97,10 +105,11 @@ async fn follow(server: &ApiServer, mesh: &str, timeout: Duration, out: &mut imp
                 last = Instant::now();
             }
         }
-        if progress.done {
+        // Not as the DaemonSet's status has it: it counts an agent that drains as the node's until it has ended.
+        if told.len() as u64 >= progress.wanted {
             return Ok(());
         }
-        let ill = pods.iter().filter(new).find_map(|pod| trouble(pod).filter(|_| last.elapsed() > POLL * 20));
+        let ill = pods.iter().filter(new).find_map(|pod| trouble(pod).filter(|_| last.elapsed() > PATIENCE));
         let late = last.elapsed() > timeout;
         if ill.is_some() || late {
             stop(server, mesh).await?;
@@ -115,15 +124,6 @@ async fn follow(server: &ApiServer, mesh: &str, timeout: Duration, out: &mut imp
         }
         tokio::time::sleep(POLL).await;
     }
-}
-
-/// The hash that pods of the newest revision carry.
-async fn revision(server: &ApiServer, mesh: &str, agent: &Value) -> anyhow::Result<String> {
-    let all = server.list(&Kind::CONTROLLER_REVISION, Some(mesh), &format!("app={AGENT}")).await?;
-    let of_it = all.iter().filter(|r| r["metadata"]["ownerReferences"][0]["uid"] == agent["metadata"]["uid"]);
-    let newest = of_it.max_by_key(|r| r["revision"].as_u64());
-    let hash = newest.and_then(|r| r["metadata"]["labels"]["controller-revision-hash"].as_str());
-    Ok(hash.unwrap_or_default().to_owned())
 }
 
 /// No further node, not even if this one recovers. The next upgrade sets the strategy anew.

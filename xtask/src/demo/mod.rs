@@ -2,6 +2,8 @@
 //!
 //! In comes a machine with root; out comes nothing: all that it makes is removed at its end, on Ctrl-C too.
 
+mod kubernetes;
+
 use std::io::IsTerminal;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -24,9 +26,12 @@ const SAYS: &str = "order 1 espresso, card 4929-1234";
 const HBONE: u16 = 15008;
 const PATIENCE: Duration = Duration::from_secs(15);
 
-pub fn run(keep: bool) -> Result<()> {
+pub fn run(keep: bool, in_kubernetes: bool) -> Result<()> {
     if !is_root() {
         bail!("the demo makes network namespaces and loads eBPF programs: run `sudo -E cargo xtask demo`");
+    }
+    if in_kubernetes {
+        return kubernetes::run(keep);
     }
     setup::run_for_demo()?;
     build::unless_named()?;
