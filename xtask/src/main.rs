@@ -5,6 +5,7 @@ mod build;
 mod chart;
 mod cluster;
 mod demo;
+mod dist;
 mod fuzz;
 mod image;
 mod lint;
@@ -63,6 +64,8 @@ enum Chore {
     Chart,
     /// Pack the programs into an image as an OCI archive, with its bill of materials beside it
     Image(image::Arguments),
+    /// Make a release: programs, image, chart, plain manifests, checksums
+    Dist,
     /// Remove what killed test runs and demos left behind
     Sweep,
 }
@@ -78,6 +81,7 @@ fn main() -> ExitCode {
         Chore::Demo { keep, kubernetes } => demo::run(keep, kubernetes),
         Chore::Cluster(arguments) => cluster::run(&arguments),
         Chore::Chart => chart::run(),
+        Chore::Dist => dist::run(),
         Chore::Image(arguments) => image::run(&arguments),
         Chore::Sweep => {
             sweep();

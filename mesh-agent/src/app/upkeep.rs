@@ -13,7 +13,7 @@ use crate::redirect::{Redirect, kubelet_cgroup};
 use crate::telemetry::Telemetry;
 
 /// How often kubelet's cgroup is looked for.
-const PROBES: Duration = Duration::from_secs(5);
+const PROBES: Duration = Duration::from_secs(1);
 /// How often label sets of workloads that are gone leave the metrics, and entries of sockets that are gone the kernel.
 const SWEEP: Duration = Duration::from_secs(60);
 

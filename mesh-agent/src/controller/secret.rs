@@ -13,7 +13,7 @@ use tokio::sync::watch;
 
 use super::Said;
 use crate::api_server::{ApiError, ApiServer, Change, Kind};
-use crate::identity::{Ca, CaOptions, Document};
+use crate::identity::{CA_ROOT, CA_ROOT_KEY, Ca, CaOptions, Document};
 
 pub const CA_SECRET: &str = "nodemesh-ca";
 /// An annotation of the Secret, with any value: the leader changes the root, and takes the annotation away.
@@ -172,7 +172,10 @@ impl Place {
             let known = self.good.lock().unwrap_or_else(PoisonError::into_inner).clone();
             let (document, done) = match known {
                 Some(known) => (known, "is written back, with the root that it had"),
-                None => (Document::first(&self.name(), domain, now).map_err(failed)?, "is made, with a new root"),
+                None => {
+                    self.may_begin().await?;
+                    (Document::first(&self.name(), domain, now).map_err(failed)?, "is made, with a new root")
+                }
             };
             self.write(&document, seen.as_ref().map(|held| held.version.as_str())).await?;
             tracing::info!("{} {done}", self.name());
@@ -192,6 +195,21 @@ impl Place {
             None => self.warn_of_end(held, now, expiring),
         }
         Ok(())
+    }
+
+    /// A mesh that has roots has a CA whose key is lost. Another root, which nobody trusts yet, would cut off every agent that
+    /// runs, so a person has to want it.
+    async fn may_begin(&self) -> Result<(), Hindrance> {
+        let roots = self.server.get(&Kind::CONFIG_MAP, &self.namespace, CA_ROOT).await?;
+        match roots.is_some_and(|map| map["data"][CA_ROOT_KEY].as_str().is_some_and(|pem| !pem.trim().is_empty())) {
+            false => Ok(()),
+            true => Err(Hindrance::Ca(format!(
+                "{} is gone, and the mesh trusts the root that it had: write it back from a backup; or, to begin with a new \
+                 root, delete ConfigMap {}/{CA_ROOT}, then restart the agents",
+                self.name(),
+                self.namespace
+            ))),
+        }
     }
 
     fn warn_of_end(&self, held: &Held, now: SystemTime, expiring: &mut Said) {

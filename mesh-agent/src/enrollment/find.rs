@@ -141,9 +141,17 @@ impl Processes {
 
 /// Whether a process whose /proc/PID/cgroup this is belongs to the pod. Kubelet's folders are called `pod<uid>`, where
 /// systemd makes them `kubepods-...-pod<uid with underscores>.slice`.
+/// The outermost folder counts: what is below it is the pod's own to name.
 fn is_of(cgroups: &str, uid: &str) -> bool {
-    !uid.is_empty()
-        && (cgroups.contains(&format!("pod{uid}")) || cgroups.contains(&format!("pod{}", uid.replace('-', "_"))))
+    let (plain, slice) = (format!("pod{uid}"), format!("-pod{}.slice", uid.replace('-', "_")));
+    let pod_of = |path: &str| {
+        let mut parts = path.split('/').skip_while(|part| !part.contains("kubepods"));
+        parts
+            .find(|part| part.starts_with("pod") || part.contains("kubepods-") && part.contains("-pod"))
+            .map(str::to_owned)
+    };
+    let mut paths = cgroups.lines().filter_map(|line| line.splitn(3, ':').nth(2)).filter_map(pod_of);
+    !uid.is_empty() && paths.any(|part| part == plain || part.ends_with(&slice))
 }
 
 /// Field 22 of /proc/PID/stat; the name in field 2 may hold anything, also blanks and brackets.

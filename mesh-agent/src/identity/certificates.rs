@@ -160,7 +160,8 @@ impl Certificates {
             let now = progress.borrow_and_update().clone();
             if now.attempts > before {
                 let expired = || format!("the certificate of `{identity}` has expired on its way; compare the clocks");
-                return Err(now.problem.map_or_else(expired, |problem| problem.sentence()));
+                // Without when the next try is: that is another each time, and the reason the same.
+                return Err(now.problem.map_or_else(expired, |problem| problem.reason));
             }
             let changed = progress.changed().await;
             changed.map_err(|_| format!("`{identity}` was released while its certificate was awaited"))?;

@@ -58,23 +58,43 @@ impl Cgroup {
 }
 
 /// The cgroup in `root` (a whole cgroup2 hierarchy) of the kubelet that runs in this network namespace; `proc` is the
-/// node's /proc. `None` where there is none, or where it is in one with its pods: these could then pose as it.
+/// node's /proc. `None` where there is none, or more than one that may be it: any program can call itself so, and a pod in
+/// the node's network must not be taken for it. Nor may kubelet be in one cgroup with its pods.
 pub fn kubelet_cgroup(proc: &Path, root: &Path) -> Option<PathBuf> {
     let here = fs::metadata("/proc/self/ns/net").ok()?;
-    let kubelet = fs::read_dir(proc).ok()?.flatten().map(|entry| entry.path()).find(|process| {
+    let processes = fs::read_dir(proc).ok()?.flatten().map(|entry| entry.path());
+    let kubelets = processes.filter(|process| {
         let name = fs::read_to_string(process.join("comm")).unwrap_or_default();
         KUBELETS.contains(&name.trim_end())
+            && fs::metadata(process).is_ok_and(|m| m.uid() == 0)
             && fs::metadata(process.join("ns/net")).is_ok_and(|m| (m.dev(), m.ino()) == (here.dev(), here.ino()))
-    })?;
-    let text = fs::read_to_string(kubelet.join("cgroup")).ok()?;
+    });
+    let mut folders: Vec<PathBuf> = kubelets.filter_map(|kubelet| cgroup_of(&kubelet, root)).collect();
+    folders.retain(|folder| folder.join("cgroup.type").exists() && !is_of_pods(folder, root) && !holds_pods(folder));
+    folders.dedup();
+    match folders.as_slice() {
+        [one] => Some(one.clone()),
+        _ => None,
+    }
+}
+
+fn cgroup_of(process: &Path, root: &Path) -> Option<PathBuf> {
+    let text = fs::read_to_string(process.join("cgroup")).ok()?;
     let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
     // In a cgroup namespace of our own it is told from where we are.
     let base = if path.starts_with("..") { folder_of(root, &std::process::id().to_string())? } else { root.to_owned() };
-    let folder = fs::canonicalize(base.join(path)).ok()?;
-    let holds_pods = |f: &Path| {
-        fs::read_dir(f).into_iter().flatten().flatten().any(|e| e.file_name().to_string_lossy().starts_with("kubepods"))
-    };
-    (folder.join("cgroup.type").exists() && !holds_pods(&folder)).then_some(folder)
+    fs::canonicalize(base.join(path)).ok()
+}
+
+/// Whether a folder is below those of pods, whatever the hierarchy calls what is above.
+fn is_of_pods(folder: &Path, root: &Path) -> bool {
+    let below = folder.strip_prefix(root).unwrap_or(folder);
+    below.components().any(|part| part.as_os_str().to_string_lossy().contains("kubepods"))
+}
+
+fn holds_pods(folder: &Path) -> bool {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    entries.into_iter().any(|entry| entry.file_name().to_string_lossy().contains("kubepods"))
 }
 
 /// What the program that runs kubelet's code calls itself: kubelet, k3s, MicroK8s.
@@ -170,6 +190,27 @@ pub fn kernel_release() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_pod_that_calls_itself_kubelet_is_none() {
+        let (proc, root) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let root = fs::canonicalize(root.path()).unwrap();
+        let process = |pid: &str, name: &str, cgroup: &str| {
+            let process = proc.path().join(pid);
+            fs::create_dir_all(process.join("ns")).unwrap();
+            std::os::unix::fs::symlink("/proc/self/ns/net", process.join("ns/net")).unwrap();
+            fs::write(process.join("comm"), format!("{name}\n")).unwrap();
+            fs::write(process.join("cgroup"), format!("4:cpu:/x\n0::/{cgroup}\n")).unwrap();
+            fs::create_dir_all(root.join(cgroup)).unwrap();
+            fs::write(root.join(cgroup).join("cgroup.type"), "domain").unwrap();
+        };
+        process("7", "kubelet", "kubepods.slice/kubepods-pod1.slice/a");
+        assert_eq!(kubelet_cgroup(proc.path(), &root), None);
+        process("9", "kubelet", "system.slice/kubelet.service");
+        assert_eq!(kubelet_cgroup(proc.path(), &root), Some(root.join("system.slice/kubelet.service")));
+        process("11", "kubelet", "user.slice");
+        assert_eq!(kubelet_cgroup(proc.path(), &root), None, "two may be it");
+    }
 
     #[test]
     fn finds_the_cgroup2_mount() {

@@ -75,7 +75,8 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     match &arguments.action {
         Action::Build => {
             command::watch_interrupt()?;
-            build::ensure().map(drop)
+            build::ensure()?;
+            build::ensure_agnhost().map(drop)
         }
         Action::Up { keep } => {
             need_root("up")?;

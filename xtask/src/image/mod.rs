@@ -122,7 +122,7 @@ fn libraries(said: &str) -> Result<Vec<String>> {
 }
 
 /// The program without what only a debugger reads. Symbols stay: a panic names its functions.
-fn stripped(program: &Path) -> Result<Vec<u8>> {
+pub fn stripped(program: &Path) -> Result<Vec<u8>> {
     let copy = folder().join(format!("{}.stripped", program.file_name().and_then(|n| n.to_str()).unwrap_or_default()));
     fs::create_dir_all(folder()).with_context(|| format!("cannot make {}", folder().display()))?;
     let mut strip = Command::new("strip");

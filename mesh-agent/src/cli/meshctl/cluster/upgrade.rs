@@ -67,7 +67,9 @@ async fn preflight(server: &ApiServer, access: &Access) -> anyhow::Result<String
         .into());
     };
     for pod in pods(server, mesh, AGENT).await? {
-        if !is_ready(&pod) {
+        // One that drains has handed its pods over already.
+        let drains = !pod["metadata"]["deletionTimestamp"].is_null();
+        if !drains && !is_ready(&pod) {
             let why = trouble(&pod).unwrap_or_else(|| format!("{} on {} is not ready", name(&pod), node_of(&pod)));
             // The upgrade may be the cure: of the last upgrade's victim, whose image is wrong.
             if agent["spec"]["updateStrategy"]["type"] != "OnDelete" {
