@@ -31,7 +31,7 @@ use crate::handover::{self, Given, Giver, Own, Taken, Turn};
 use crate::identity;
 use crate::lifecycle::{Readiness, Signals};
 use crate::proxy::{Inputs as ProxyInputs, Proxy};
-use crate::redirect::{Options, Redirect};
+use crate::redirect::{Options, Redirect, read_kernel_types};
 use crate::telemetry::{AccessLog, Telemetry, logging};
 use crate::translate::Settings;
 
@@ -78,6 +78,8 @@ async fn node(config: config::Node, live: Live, log: logging::LogLevel) -> anyho
         None => Some(Own::bind(&config, &in_kernel)?),
         Some(_) => None,
     };
+    // Before the mesh is in memory.
+    read_kernel_types();
     let mut serving: Vec<AbortHandle> =
         own.iter().map(|own| own.serve_readiness(&readiness)).collect::<io::Result<_>>()?;
     let last_good = Some(config.state_dir.join("last-good-node.json"));

@@ -81,7 +81,7 @@ struct Retry {
 }
 
 /// Objects in one answer of a list: a page is read as a whole, and pods may be large.
-const PAGE: u32 = 100;
+const PAGE: u32 = 50;
 const FIRST: Duration = Duration::from_millis(200);
 const LAST: Duration = Duration::from_secs(5);
 /// After so long without a failure the next one is a first one again.

@@ -37,7 +37,7 @@ const FORGIVEN: Duration = Duration::from_secs(20);
 /// How often a failure is looked at that may be over.
 const TICK: Duration = Duration::from_secs(1);
 /// Changes that wait to be taken; whoever has more waits.
-const WAITING: usize = 64;
+const WAITING: usize = 4;
 
 /// The annotation that this agent writes, and compares with what it should be.
 const SHOWN: &str = "nodemesh.io/status";

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::error::Error;
+use std::sync::{Mutex, PoisonError};
 
 use aya::programs::ProgramError;
 use aya::{Ebpf, EbpfLoader};
@@ -34,6 +35,17 @@ pub fn fingerprint(globals: &Globals, cgroup: u64) -> u64 {
         .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3))
 }
 
+/// One that was made beforehand.
+static READY: Mutex<Option<EbpfLoader<'static>>> = Mutex::new(None);
+
+/// aya reads all the kernel's types for a new loader, which takes 15 MB for a moment: better while little else is kept. The
+/// next `Loader` is made of it.
+pub fn read_kernel_types() {
+    let mut loader = EbpfLoader::new();
+    loader.btf(None);
+    *READY.lock().unwrap_or_else(PoisonError::into_inner) = Some(loader);
+}
+
 /// Prepares the object, once for the cgroup and once for each pod.
 #[derive(Debug)]
 pub struct Loader {
@@ -58,7 +70,8 @@ impl Loader {
     pub fn new(options: &Options, pins: &Pins, globals: &Globals) -> Self {
         // Leaked, a few bytes for each start of an agent: the loader borrows them for as long as it lives.
         let globals: &'static Globals = Box::leak(Box::new(*globals));
-        let mut inner = EbpfLoader::new();
+        let ready = READY.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let mut inner = ready.unwrap_or_default();
         inner
             // The programs use no type of the kernel's.
             .btf(None)

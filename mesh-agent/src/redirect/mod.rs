@@ -26,6 +26,7 @@ use mesh_common::{ATTESTED_TTL_NANOS, COUNTERS, Event, ORIG_DST_ENTRIES, program
 
 pub use error::RedirectError;
 pub use host::kubelet_cgroup;
+pub use load::read_kernel_types;
 pub use mesh_common::{HBONE_PORT, MESH_V6_PREFIX_LEN, OUTBOUND_PORT, PLAIN_PORT};
 
 use enroll::Pods;

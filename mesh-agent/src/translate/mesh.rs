@@ -163,7 +163,7 @@ impl Mesh {
         match table {
             Table::Namespace => self.namespaces.keys().map(alone).collect(),
             Table::Node => self.nodes.places.keys().map(alone).collect(),
-            Table::Pod => self.pods.names().cloned().collect(),
+            Table::Pod => self.pods.names().collect(),
             Table::RuntimeClass => self.classes.keys().map(alone).collect(),
             Table::Service => self.services.names().cloned().collect(),
             Table::EndpointSlice => self.services.slice_names().cloned().collect(),

@@ -9,7 +9,7 @@ use super::kubernetes::{self, Kind, Port, Service, TargetPort};
 use super::mesh::{Changes, Nodes, Surroundings};
 use super::problem;
 use super::report::selects;
-use super::texts::{Name, Texts};
+use super::texts::{Name, Spot, Texts};
 use super::workloads::Pods;
 use crate::model::{self, Endpoint, Few, Problem, ServicePort, Severity};
 
@@ -27,8 +27,7 @@ struct Backend {
     address: IpAddr,
     ready: bool,
     serving: bool,
-    zone: Option<Arc<str>>,
-    node: Option<Arc<str>>,
+    spot: Arc<Spot>,
 }
 
 impl Slice {
@@ -40,8 +39,11 @@ impl Slice {
             address: b.address,
             ready: b.ready,
             serving: b.serving,
-            zone: b.zone.as_deref().map(|zone| texts.text(zone)),
-            node: b.node.as_deref().map(|node| texts.text(node)),
+            spot: {
+                let (zone, node) = (b.zone.as_deref(), b.node.as_deref());
+                let spot = Spot { zone: zone.map(|zone| texts.text(zone)), node: node.map(|node| texts.text(node)) };
+                texts.spot(spot)
+            },
         };
         Self { service, ports, endpoints: endpoints.iter().map(backend).collect() }
     }
@@ -178,7 +180,7 @@ impl Services {
         if !self.made {
             return;
         }
-        let on_node = |slice: &&Slice| slice.endpoints.iter().any(|b| b.node.as_deref() == Some(node));
+        let on_node = |slice: &&Slice| slice.endpoints.iter().any(|b| b.spot.node.as_deref() == Some(node));
         self.due.extend(self.slices.values().filter(on_node).filter_map(|s| s.service.clone()));
     }
 
@@ -315,8 +317,8 @@ fn endpoints_of_slices(
                     address: SocketAddr::new(backend.address, *number),
                     ready: backend.ready || service.publish_not_ready,
                     serving: backend.serving || service.publish_not_ready,
-                    locality: nodes.place_in(backend.node.as_deref(), backend.zone.as_ref(), texts),
-                    node: backend.node.clone(),
+                    locality: nodes.place_in(backend.spot.node.as_deref(), backend.spot.zone.as_ref(), texts),
+                    node: backend.spot.node.clone(),
                 };
                 insert(&mut endpoints, endpoint);
             }

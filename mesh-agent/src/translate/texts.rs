@@ -1,7 +1,7 @@
 //! What many objects have alike is kept once: names of namespaces, nodes and service accounts, places, and what all pods
 //! of one Deployment share.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::hash::Hash;
 use std::sync::Arc;
 
@@ -9,6 +9,55 @@ use crate::model::{Locality, Names, SpiffeId};
 
 /// Namespace and name; the first is empty for objects without one.
 pub type Name = (Arc<str>, Arc<str>);
+
+/// A map by namespace and name, in that order. The namespace is kept once.
+#[derive(Debug)]
+pub(super) struct ByName<T>(BTreeMap<Arc<str>, BTreeMap<Arc<str>, T>>);
+
+impl<T> Default for ByName<T> {
+    fn default() -> Self {
+        Self(BTreeMap::new())
+    }
+}
+
+impl<T> ByName<T> {
+    pub fn get(&self, (namespace, name): &Name) -> Option<&T> {
+        self.0.get(namespace)?.get(name)
+    }
+
+    pub fn get_mut(&mut self, (namespace, name): &Name) -> Option<&mut T> {
+        self.0.get_mut(namespace)?.get_mut(name)
+    }
+
+    pub fn insert(&mut self, (namespace, name): Name, value: T) {
+        self.0.entry(namespace).or_default().insert(name, value);
+    }
+
+    pub fn remove(&mut self, (namespace, name): &Name) -> Option<T> {
+        let of_namespace = self.0.get_mut(namespace)?;
+        let removed = of_namespace.remove(name);
+        if of_namespace.is_empty() {
+            self.0.remove(namespace);
+        }
+        removed
+    }
+
+    pub fn of_namespace(&self, namespace: &str) -> impl Iterator<Item = (&Arc<str>, &T)> {
+        self.0.get(namespace).into_iter().flatten()
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = (Name, &T)> {
+        self.0.iter().flat_map(|(ns, all)| all.iter().map(|(name, value)| ((ns.clone(), name.clone()), value)))
+    }
+
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = (Name, &mut T)> {
+        self.0.iter_mut().flat_map(|(ns, all)| all.iter_mut().map(|(name, value)| ((ns.clone(), name.clone()), value)))
+    }
+
+    pub fn values(&self) -> impl Iterator<Item = &T> {
+        self.0.values().flat_map(BTreeMap::values)
+    }
+}
 
 /// What the pods of one Deployment have in common.
 #[derive(Debug, PartialEq, Eq, Hash)]
@@ -19,11 +68,19 @@ pub(super) struct Kin {
     pub runtime_class: Arc<str>,
 }
 
+/// What an EndpointSlice says of where an endpoint is.
+#[derive(Debug, PartialEq, Eq, Hash)]
+pub(super) struct Spot {
+    pub zone: Option<Arc<str>>,
+    pub node: Option<Arc<str>>,
+}
+
 #[derive(Debug, Default)]
 pub(super) struct Texts {
     texts: Pool<str>,
     places: Pool<Locality>,
     kin: Pool<Kin>,
+    spots: Pool<Spot>,
 }
 
 impl Texts {
@@ -40,14 +97,11 @@ impl Texts {
     }
 
     pub fn kin(&mut self, kin: Kin) -> Arc<Kin> {
-        match self.kin.all.get(&kin) {
-            Some(known) => known.clone(),
-            None => {
-                let kin = Arc::new(kin);
-                self.kin.insert(kin.clone());
-                kin
-            }
-        }
+        self.kin.get_owned(kin)
+    }
+
+    pub fn spot(&mut self, spot: Spot) -> Arc<Spot> {
+        self.spots.get_owned(spot)
     }
 }
 
@@ -82,6 +136,17 @@ impl<T: Hash + Eq + ?Sized> Pool<T> {
             self.limit = LEAST.max(2 * self.all.len());
         }
         self.all.insert(new);
+    }
+}
+
+impl<T: Hash + Eq> Pool<T> {
+    fn get_owned(&mut self, value: T) -> Arc<T> {
+        if let Some(known) = self.all.get(&value) {
+            return known.clone();
+        }
+        let new = Arc::new(value);
+        self.insert(new.clone());
+        new
     }
 }
 

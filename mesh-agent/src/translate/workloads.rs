@@ -14,7 +14,7 @@ use std::sync::Arc;
 use super::kubernetes::{self, Mode};
 use super::mesh::{Changes, Classes, Surroundings};
 use super::report::Labels;
-use super::texts::{Kin, Name, Texts};
+use super::texts::{ByName, Kin, Name, Texts};
 use super::{Settings, problem};
 use crate::model::{Few, Names, NodePod, Problem, Severity, SpiffeId, Standing, Transport, Workload};
 
@@ -213,15 +213,44 @@ impl<K: Hash + Eq> Claims<K> {
     }
 }
 
-/// All pods, and the workloads that were made of them.
+/// Who has the things that only one can have.
 #[derive(Default)]
-pub(super) struct Pods {
-    all: BTreeMap<Name, Member>,
-    /// Those with `own`.
-    own: BTreeSet<Name>,
+struct Owners {
     addresses: Claims<IpAddr>,
     uids: Claims<Arc<str>>,
     netns: Claims<Arc<Path>>,
+}
+
+impl Owners {
+    /// Both tell `others` who else claims something of it.
+    fn add(&mut self, pod: &Arc<Pod>, others: &mut BTreeSet<Name>) {
+        for ip in &*pod.addresses {
+            self.addresses.add(*ip, pod, others);
+        }
+        self.uids.add(pod.uid.clone(), pod, others);
+        if let Some(path) = pod.netns() {
+            self.netns.add(path.clone(), pod, others);
+        }
+    }
+
+    fn take(&mut self, pod: &Arc<Pod>, others: &mut BTreeSet<Name>) {
+        for ip in &*pod.addresses {
+            self.addresses.take(*ip, pod, others);
+        }
+        self.uids.take(pod.uid.clone(), pod, others);
+        if let Some(path) = pod.netns() {
+            self.netns.take(path.clone(), pod, others);
+        }
+    }
+}
+
+/// All pods, and the workloads that were made of them.
+#[derive(Default)]
+pub(super) struct Pods {
+    all: ByName<Member>,
+    /// Those with `own`.
+    own: BTreeSet<Name>,
+    owners: Owners,
     /// Those of which something else may become. Before anything was made it is empty, and all are meant.
     due: BTreeSet<Name>,
     made: bool,
@@ -246,24 +275,12 @@ impl Pods {
             None => pod,
         };
         if let Some(before) = before.filter(|p| p.takes_part(settings)) {
-            for ip in &*before.addresses {
-                self.addresses.take(*ip, &before, &mut self.due);
-            }
-            self.uids.take(before.uid.clone(), &before, &mut self.due);
-            if let Some(path) = before.netns() {
-                self.netns.take(path.clone(), &before, &mut self.due);
-            }
+            self.owners.take(&before, &mut self.due);
         }
         match pod.map(Arc::new) {
             Some(pod) => {
                 if pod.takes_part(settings) {
-                    for ip in &*pod.addresses {
-                        self.addresses.add(*ip, &pod, &mut self.due);
-                    }
-                    self.uids.add(pod.uid.clone(), &pod, &mut self.due);
-                    if let Some(path) = pod.netns() {
-                        self.netns.add(path.clone(), &pod, &mut self.due);
-                    }
+                    self.owners.add(&pod, &mut self.due);
                 }
                 match pod.own {
                     Some(_) => self.own.insert(key.clone()),
@@ -285,26 +302,25 @@ impl Pods {
     }
 
     pub fn has(&self, name: &Name) -> bool {
-        self.all.contains_key(name)
+        self.all.get(name).is_some()
     }
 
-    pub fn names(&self) -> impl Iterator<Item = &Name> {
-        self.all.keys()
+    pub fn names(&self) -> impl Iterator<Item = Name> {
+        self.all.iter().map(|(name, _)| name)
     }
 
     pub fn due_in_namespace(&mut self, namespace: &Arc<str>) {
         if !self.made {
             return;
         }
-        let pods = self.all.range((namespace.clone(), "".into())..).take_while(|((ns, _), _)| ns == namespace);
-        self.due.extend(pods.map(|(name, _)| name.clone()));
+        self.due.extend(self.all.of_namespace(namespace).map(|(name, _)| (namespace.clone(), name.clone())));
     }
 
     pub fn due_on_node(&mut self, node: &str) {
         if !self.made {
             return;
         }
-        self.due.extend(self.all.iter().filter(|(_, m)| *m.pod.node == *node).map(|(name, _)| name.clone()));
+        self.due.extend(self.all.iter().filter(|(_, m)| *m.pod.node == *node).map(|(name, _)| name));
     }
 
     pub fn due_of_class(&mut self, class: &str) {
@@ -312,14 +328,14 @@ impl Pods {
             return;
         }
         let of_class = self.all.iter().filter(|(_, m)| *m.pod.kin.runtime_class == *class);
-        self.due.extend(of_class.map(|(name, _)| name.clone()));
+        self.due.extend(of_class.map(|(name, _)| name));
     }
 
     pub fn all_due(&mut self) {
         if !self.made {
             return;
         }
-        self.due.extend(self.all.keys().cloned());
+        self.due.extend(self.all.iter().map(|(name, _)| name));
     }
 
     /// A policy has changed.
@@ -336,25 +352,30 @@ impl Pods {
 
     /// Makes those that are due.
     pub fn make(&mut self, around: &Surroundings<'_>, changes: &mut Changes) {
-        let due = std::mem::take(&mut self.due);
-        let due: Vec<Name> = if self.made { due.into_iter().collect() } else { self.all.keys().cloned().collect() };
-        self.made = true;
-        for name in due {
-            changes.problems |= self.problems.remove(&name).is_some();
-            let Some(member) = self.all.get(&name) else { continue };
-            let mut problems = Vec::new();
-            let new = self.workload(&member.pod, around, &mut problems);
-            if !problems.is_empty() {
-                self.problems.insert(name.clone(), problems);
+        let Self { all, own: _, owners, due, made, gone: _, problems } = self;
+        let mut make = |name: Name, member: Option<&mut Member>| {
+            changes.problems |= problems.remove(&name).is_some();
+            let Some(member) = member else { return };
+            let mut found = Vec::new();
+            let new = owners.workload(&member.pod, around, &mut found);
+            if !found.is_empty() {
+                problems.insert(name, found);
                 changes.problems = true;
             }
-            if member.workload.as_deref() == new.as_ref() {
-                continue;
+            if member.workload.as_deref() != new.as_ref() {
+                let new = new.map(Arc::new);
+                changes.old_workloads.extend(std::mem::replace(&mut member.workload, new.clone()));
+                changes.new_workloads.extend(new);
             }
-            let new = new.map(Arc::new);
-            let member = self.all.get_mut(&name).expect("it was there");
-            changes.old_workloads.extend(std::mem::replace(&mut member.workload, new.clone()));
-            changes.new_workloads.extend(new);
+        };
+        if std::mem::replace(made, true) {
+            for name in std::mem::take(due) {
+                let member = all.get_mut(&name);
+                make(name, member);
+            }
+        } else {
+            due.clear();
+            all.iter_mut().for_each(|(name, member)| make(name, Some(member)));
         }
         changes.old_workloads.extend(std::mem::take(&mut self.gone).into_values());
     }
@@ -391,11 +412,13 @@ impl Pods {
         namespace: &'a str,
         settings: &'a Settings,
     ) -> impl Iterator<Item = (&'a Pod, Vec<IpAddr>)> {
-        let pods = self.all.range((namespace.into(), "".into())..).take_while(move |((ns, _), _)| **ns == *namespace);
-        pods.map(|(_, m)| &*m.pod).filter(|p| p.takes_part(settings)).map(|p| (p, self.addresses(p)))
+        let pods = self.all.of_namespace(namespace).map(|(_, m)| &*m.pod);
+        pods.filter(|p| p.takes_part(settings)).map(|p| (p, self.owners.addresses_of(p)))
     }
+}
 
-    fn addresses(&self, pod: &Pod) -> Vec<IpAddr> {
+impl Owners {
+    fn addresses_of(&self, pod: &Pod) -> Vec<IpAddr> {
         pod.addresses.iter().copied().filter(|ip| self.addresses.other(ip, pod).is_none()).collect()
     }
 
@@ -448,7 +471,7 @@ impl Pods {
         {
             report(field, message);
         }
-        let own = self.addresses(pod);
+        let own = self.addresses_of(pod);
         if own.is_empty() && !pod.addresses.is_empty() {
             return None;
         }
