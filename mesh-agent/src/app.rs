@@ -45,29 +45,44 @@ pub fn run_node(config: config::Node, live: Live) -> anyhow::Result<()> {
     raise_file_limit();
     see_host_proc(&config.host_proc);
     let runtime = control_runtime()?;
-    let result = runtime.block_on(node(config, live, log));
-    // Not dropped: that would wait for threads that are stuck.
-    runtime.shutdown_timeout(Duration::from_secs(1));
-    result
-}
-
-async fn node(config: config::Node, live: Live, log: logging::LogLevel) -> anyhow::Result<()> {
-    let started = Instant::now();
-    let mut signals = Signals::new().context("cannot wait for signals")?;
-    let readiness = Readiness::default();
-    let starting = readiness.block("the programs in the kernel and the pods of this node");
-    let in_kernel = Options {
-        bpffs: config.bpffs.clone(),
-        node: config.node_name.clone(),
-        cgroup: config.cgroup.clone(),
-        probe_cgroup: config.probe_cgroup.clone(),
-        kernel_log: config.kernel_log,
-        original_dst_entries: config.orig_dst_entries,
-    };
+    // Outlives the other: no signal is lost between serving and standing by.
+    let standing_by = current_runtime()?;
+    let mut signals = standing_by.block_on(async { Signals::new() }).context("cannot wait for signals")?;
     let pod_name = std::env::var(POD_NAME).ok();
     let turn = Turn::of(&config.admin_socket, pod_name.as_deref());
-    if !turn.wait(&in_kernel, &mut signals).await? {
-        return Ok(());
+    let in_kernel = in_kernel(&config);
+    let end = runtime.block_on(node(config, live, log, pod_name, &in_kernel, &turn, &mut signals));
+    // Not dropped: that would wait for threads that are stuck.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    match end? {
+        End::Stopped => turn.forget(),
+        End::HandedOver => standing_by.block_on(turn.stand_by(&in_kernel, &mut signals))?,
+    }
+    Ok(())
+}
+
+/// How an agent comes to its end without an error.
+enum End {
+    /// A signal has asked for it, or whoever takes its place but can't take over.
+    Stopped,
+    /// Another agent serves the pods, and nobody has asked this one to end.
+    HandedOver,
+}
+
+async fn node(
+    config: config::Node,
+    live: Live,
+    log: logging::LogLevel,
+    pod_name: Option<String>,
+    in_kernel: &Options,
+    turn: &Turn,
+    signals: &mut Signals,
+) -> anyhow::Result<End> {
+    let started = Instant::now();
+    let readiness = Readiness::default();
+    let starting = readiness.block("the programs in the kernel and the pods of this node");
+    if !turn.wait(in_kernel, signals).await? {
+        return Ok(End::Stopped);
     }
     let handover_socket = handover::socket_path(&config.admin_socket);
     let predecessor = match config.take_over {
@@ -75,7 +90,7 @@ async fn node(config: config::Node, live: Live, log: logging::LogLevel) -> anyho
         false => None,
     };
     let own = match predecessor {
-        None => Some(Own::bind(&config, &in_kernel)?),
+        None => Some(Own::bind(&config, in_kernel)?),
         Some(_) => None,
     };
     // Before the mesh is in memory.
@@ -88,21 +103,21 @@ async fn node(config: config::Node, live: Live, log: logging::LogLevel) -> anyho
         // In Kubernetes it may wait for long, for the API server or the controller.
         stop = signals.recv() => {
             tracing::info!(signal = stop.name(), "stopped before it was ready");
-            return Ok(());
+            return Ok(End::Stopped);
         }
     };
     let telemetry = Arc::new(Telemetry::new(AccessLog::new(config.access_log)));
-    let prepared = Redirect::prepare(&in_kernel)?;
+    let prepared = Redirect::prepare(in_kernel)?;
     let (own, taken) = match (own, predecessor) {
         (Some(own), _) => (own, Taken::default()),
         (None, None) => unreachable!("with no agent before it has all of its own"),
         (None, Some(predecessor)) => {
             let snapshot = sources.snapshot.load_full();
             let taken = tokio::select! {
-                taken = predecessor.take(&config, &in_kernel, &snapshot, &certificates) => taken?,
+                taken = predecessor.take(&config, in_kernel, &snapshot, &certificates) => taken?,
                 stop = signals.recv() => {
                     tracing::info!(signal = stop.name(), "stopped before it had taken over");
-                    return Ok(());
+                    return Ok(End::Stopped);
                 }
             };
             serving.push(taken.0.serve_readiness(&readiness)?);
@@ -238,13 +253,15 @@ async fn node(config: config::Node, live: Live, log: logging::LogLevel) -> anyho
         Some(Given::Handed { pid, version, connections }) => {
             tracing::info!("handed over to agent PID {pid} ({version}); {connections} connections drain");
             turn.is_over()?;
-            let asked = drained(&mut signals, enrolling, proxy, present.load().upgrade_drain).await;
-            turn.end(asked).context("cannot start anew to stand by")
+            match drained(signals, enrolling, proxy, present.load().upgrade_drain).await {
+                true => Ok(End::Stopped),
+                false => Ok(End::HandedOver),
+            }
         }
         Some(Given::Leave { .. }) | None => tokio::select! {
             done = stopped(why, enrolling, proxy, present.load().drain_timeout) => done,
             // The second signal.
-            _ = signals.recv() => Ok(()),
+            _ = signals.recv() => Ok(End::Stopped),
         },
     }
 }
@@ -284,13 +301,13 @@ async fn stopped(
     enrolling: tokio::task::JoinHandle<()>,
     proxy: Arc<Proxy>,
     patience: Duration,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<End> {
     tracing::info!(why, ?patience, "draining");
     enrolling.abort();
     // Its clone of the proxy, inside `events`, goes with it.
     let _ = enrolling.await;
     proxy.drain(patience).await;
-    Ok(())
+    Ok(End::Stopped)
 }
 
 fn control_runtime() -> anyhow::Result<tokio::runtime::Runtime> {
@@ -300,6 +317,22 @@ fn control_runtime() -> anyhow::Result<tokio::runtime::Runtime> {
         .enable_all()
         .build()
         .context("cannot start the control threads")
+}
+
+/// For one thing at a time, on the thread that waits for it.
+fn current_runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the main thread")
+}
+
+fn in_kernel(config: &config::Node) -> Options {
+    Options {
+        bpffs: config.bpffs.clone(),
+        node: config.node_name.clone(),
+        cgroup: config.cgroup.clone(),
+        probe_cgroup: config.probe_cgroup.clone(),
+        kernel_log: config.kernel_log,
+        original_dst_entries: config.orig_dst_entries,
+    }
 }
 
 fn settings(config: &config::Node) -> Settings {

@@ -22,6 +22,8 @@ pub struct Turn(Option<PathBuf>);
 pub enum TurnError {
     #[error("cannot note at {} that another agent has taken over: {source}; see --admin-socket", path.display())]
     Note { path: PathBuf, source: io::Error },
+    #[error("cannot start anew to serve the node's pods again: {0}")]
+    StartAnew(io::Error),
     #[error(transparent)]
     Redirect(#[from] RedirectError),
 }
@@ -64,25 +66,19 @@ impl Turn {
         fs::write(path, "").map_err(|source| TurnError::Note { path: path.clone(), source })
     }
 
-    /// This process has nothing open any more. Returns where it may end.
-    pub fn end(&self, asked: bool) -> Result<(), io::Error> {
-        match &self.0 {
-            Some(_) if !asked => Err(start_anew()),
-            _ => {
-                self.forget();
-                Ok(())
-            }
+    /// For a process whose place another has and that has nothing open any more; returns where it may end: in a pod, on a
+    /// signal. Where the other agent is gone, this program starts over, in this process, with nothing of its first turn.
+    pub async fn stand_by(&self, in_kernel: &Options, signals: &mut Signals) -> Result<(), TurnError> {
+        if self.0.is_none() || !self.wait(in_kernel, signals).await? {
+            return Ok(());
         }
+        Err(TurnError::StartAnew(Command::new("/proc/self/exe").args(std::env::args_os().skip(1)).exec()))
     }
 
-    fn forget(&self) {
+    /// The pod goes.
+    pub fn forget(&self) {
         if let Some(path) = &self.0 {
             let _ = fs::remove_file(path);
         }
     }
-}
-
-/// Starts this program over, in this process, to stand by; returns only where that fails.
-fn start_anew() -> io::Error {
-    Command::new("/proc/self/exe").args(std::env::args_os().skip(1)).exec()
 }
