@@ -9,6 +9,7 @@ pub mod error;
 pub mod inbound;
 pub mod outbound;
 pub mod policy;
+pub mod route;
 pub mod transport;
 pub mod worker;
 
