@@ -1,6 +1,6 @@
 use super::*;
+use crate::model::ObjectRef;
 use crate::model::http::{Action, HeaderEdits, Name, Pattern, Rewrite, Timeouts};
-use crate::model::{ObjectRef, http as rules};
 
 fn rule(name: &str, matches: Vec<HttpMatch>) -> Arc<HttpRule> {
     let object = ObjectRef { file: String::new(), kind: "HTTPRoute".into(), namespace: "a".into(), name: name.into() };
@@ -139,7 +139,7 @@ fn the_first_of_a_querys_names_counts() {
 fn method_scheme_authority_and_source() {
     let some = |text: &str| Some(exact(text));
     let source = |namespace: Option<&str>, labels: &[(&str, &str)]| HttpMatch {
-        source: rules::SourceMatch {
+        source: SourceMatch {
             namespace: namespace.map(Into::into),
             labels: labels.iter().map(|(k, v)| ((*k).into(), (*v).into())).collect(),
         },
