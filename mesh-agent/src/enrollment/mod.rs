@@ -2,6 +2,7 @@
 
 mod find;
 mod handed;
+mod left;
 mod legacy;
 mod netns;
 mod pods;
@@ -10,6 +11,7 @@ pub mod sockets;
 
 pub use find::{FindError, Places, Processes};
 pub use handed::{Handed, Order};
+pub use left::has_left;
 pub use legacy::Tuple;
 pub use netns::{Netns, NetnsError, NetnsId, see_host_proc};
 pub use pods::{EnrolledPod, Enrollment, Inputs, Listeners, PodEvent, PodStatus, Settled};

@@ -39,6 +39,8 @@ pub enum ConnError {
     Refused { address: SocketAddr, refusal: Refusal },
     #[error("{source}; the first bytes were sent, so no other endpoint was asked")]
     Lost { source: Box<ConnError> },
+    #[error("HTTP with {address}: {text}")]
+    Http { address: SocketAddr, text: String },
     #[error("a policy that changed no longer allows it")]
     PolicyChanged,
     #[error("the client broke it off: {0}")]
@@ -72,7 +74,7 @@ impl ConnError {
             Self::Refused { refusal: Refusal::Unreachable | Refusal::BadRequest, .. } => ResponseFlag::ConnectFailure,
             Self::Lost { source } => source.flag(),
             Self::PolicyChanged => ResponseFlag::PolicyChanged,
-            Self::ClientReset(_) | Self::ServerReset(_) | Self::PeerReset => ResponseFlag::None,
+            Self::Http { .. } | Self::ClientReset(_) | Self::ServerReset(_) | Self::PeerReset => ResponseFlag::None,
         }
     }
 
@@ -83,7 +85,7 @@ impl ConnError {
             Self::WrongIdentity { .. } | Self::NoAnswer { .. } => true,
             Self::Refused { refusal, .. } => *refusal == Refusal::Unreachable,
             Self::Denied(_) | Self::NoSuchPort { .. } | Self::NoEndpoint(_) | Self::Outside(_) => false,
-            Self::NoCertificate(_) | Self::Lost { .. } | Self::PolicyChanged => false,
+            Self::NoCertificate(_) | Self::Lost { .. } | Self::PolicyChanged | Self::Http { .. } => false,
             Self::ClientReset(_) | Self::ServerReset(_) | Self::PeerReset => false,
         }
     }

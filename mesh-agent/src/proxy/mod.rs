@@ -1,14 +1,17 @@
-//! The data path, in the order a connection takes it: `accept`, then `outbound` (client's side) or `inbound` (server's
-//! side), with `policy` and `balance` to decide and `transport` to move the bytes.
+//! The data path, in the order a connection takes it: `accept`, then `outbound` (client's side; `http` where requests are
+//! judged one by one) or `inbound` (server's side), with `policy`, `route` and `balance` to decide and `transport` to move
+//! the bytes.
 
 pub mod accept;
 pub mod application;
 pub mod balance;
 pub mod connections;
 pub mod error;
+mod http;
 pub mod inbound;
 pub mod outbound;
 pub mod policy;
+mod reach;
 pub mod route;
 pub mod transport;
 pub mod worker;
@@ -200,7 +203,7 @@ fn local_pod(pod: Arc<EnrolledPod>) -> LocalPod {
 }
 
 /// Istio's description of the source: `k8s.cluster.name=…,k8s.namespace.name=…,…`.
-fn baggage(workload: &Workload) -> http::HeaderValue {
+fn baggage(workload: &Workload) -> ::http::HeaderValue {
     let Workload { cluster, namespace, names, locality, .. } = workload;
     let Names { workload, app: _, version: _, canonical_name, canonical_revision } = &**names;
     let text = format!(
@@ -210,5 +213,5 @@ fn baggage(workload: &Workload) -> http::HeaderValue {
         locality.region, locality.zone
     );
     // Names of Kubernetes objects are plain ASCII; a label that is not is left out rather than sent broken.
-    http::HeaderValue::from_str(&text).unwrap_or(http::HeaderValue::from_static(""))
+    ::http::HeaderValue::from_str(&text).unwrap_or(::http::HeaderValue::from_static(""))
 }

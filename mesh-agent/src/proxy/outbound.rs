@@ -8,48 +8,15 @@ use std::time::{Duration, Instant};
 use tokio::net::TcpStream;
 
 use super::accept::Accepted;
-use super::connections::{Cut, Judged, Transport};
+use super::connections::Cut;
 use super::error::{self, ConnError};
-use super::policy::{self, Connection};
-use super::transport::pool::{Carrier, Dialer, Lease, Peer};
+use super::reach::{CONNECT_BUDGET, Destination, MAX_TRIES, PATIENCE, Path, attempt, choose, facts};
 use super::transport::session::{Counts, Early, Side};
-use super::transport::{HBONE_PORT, connect, copy, hbone, io as sock};
+use super::transport::{copy, hbone, io as sock};
 use super::worker::{LocalPod, Worker};
-use super::{application, balance};
-use crate::enrollment::sockets::Use;
-use crate::model::{Endpoint, OutboundPolicy, Service, Snapshot, Target, Workload};
-use crate::telemetry::{Facts, Party, Reporter, Security};
-
-/// In all, for a connection: endpoints that do not answer are left behind until then.
-const CONNECT_BUDGET: Duration = Duration::from_secs(15);
-/// Endpoints that are tried for one connection.
-const MAX_TRIES: usize = 5;
-/// How long a lone destination may refuse port 15008, since its agent may be starting or taking the pod in just now.
-const PATIENCE: Duration = Duration::from_secs(3);
-
-/// A destination that was chosen: an address, and what is known of it.
-struct Destination {
-    address: SocketAddr,
-    workload: Option<Arc<Workload>>,
-    service: Option<Arc<Service>>,
-}
-
-/// A way to the destination that stands.
-enum Path {
-    /// With so many of the client's bytes gone along with OPEN.
-    Session(Lease, usize),
-    Hbone {
-        send: h2::SendStream<bytes::Bytes>,
-        receive: h2::RecvStream,
-        place: hbone::Place,
-    },
-    Local {
-        app: TcpStream,
-        server: Arc<LocalPod>,
-        judged: Judged,
-    },
-    Plain(TcpStream),
-}
+use super::{application, balance, http};
+use crate::model::{OutboundPolicy, Snapshot, Target};
+use crate::telemetry::{Party, Security};
 
 /// Serves one connection, from the original destination to the last byte.
 pub async fn serve(worker: Rc<Worker>, pod: Arc<LocalPod>, accepted: Accepted) {
@@ -69,6 +36,13 @@ pub async fn serve(worker: Rc<Worker>, pod: Arc<LocalPod>, accepted: Accepted) {
         _ => peer,
     };
     let from = Party { address: Some(peer), identity: Some(source.identity.clone()), workload: Some(source) };
+    if let Target::Service { service, port } = snapshot.resolve(original)
+        && let Some(workload) = &from.workload
+        && http::is_judged(&snapshot, &service, port, &workload.namespace)
+    {
+        drop(snapshot);
+        return http::serve(worker, pod, tcp, from, peer, original, &service, port).await;
+    }
     match reach(&worker, &pod, &snapshot, peer, original, &tcp).await {
         Ok((destination, path)) => carry(&worker, &pod, tcp, from, destination, path, started).await,
         Err((destination, error)) => {
@@ -88,18 +62,19 @@ async fn reach(
     original: SocketAddr,
     tcp: &TcpStream,
 ) -> Result<(Destination, Path), (Destination, ConnError)> {
+    let early = &Early::new(tcp);
     let lone = |workload, service| Destination { address: original, workload, service };
     let (service, port) = match snapshot.resolve(original) {
         Target::Service { service, port } => (service, port),
         Target::Workload { workload, service } => {
             let destination = lone(Some(workload), service);
-            return attempt(worker, pod, snapshot, client, destination, tcp, PATIENCE).await;
+            return attempt(worker, pod, snapshot, client, destination, early, PATIENCE).await;
         }
         Target::Outside if snapshot.settings().outbound == OutboundPolicy::RegistryOnly => {
             return Err((lone(None, None), ConnError::Outside(original)));
         }
         Target::Outside => {
-            return attempt(worker, pod, snapshot, client, lone(None, None), tcp, PATIENCE).await;
+            return attempt(worker, pod, snapshot, client, lone(None, None), early, PATIENCE).await;
         }
         Target::NoSuchPort { service } => {
             let error = ConnError::NoSuchPort { service: service.hostname.to_string(), port: original.port() };
@@ -119,7 +94,7 @@ async fn reach(
         // With other endpoints at hand none is waited for.
         let others = balance::has_another(original.ip(), &service.ports[port], &tried);
         let patience = if others { Duration::ZERO } else { PATIENCE };
-        match attempt(worker, pod, snapshot, client, destination, tcp, patience).await {
+        match attempt(worker, pod, snapshot, client, destination, early, patience).await {
             Ok(found) => return Ok(found),
             Err(failed) if failed.1.is_worth_another_endpoint() => last = Some(failed),
             Err(failed) => return Err(failed),
@@ -129,139 +104,6 @@ async fn reach(
         let error = ConnError::NoEndpoint(service.hostname.to_string());
         (lone(None, Some(service)), error)
     }))
-}
-
-fn choose<'a>(
-    worker: &Worker,
-    pod: &LocalPod,
-    service: &'a Service,
-    port: usize,
-    original: SocketAddr,
-    except: &[SocketAddr],
-) -> Option<&'a Endpoint> {
-    let client = balance::Client { locality: &pod.pod.workload.locality, node: &worker.shared.node };
-    let mut states = worker.balance.borrow_mut();
-    let state = states.entry((original.ip(), original.port())).or_default();
-    balance::choose_like(
-        original.ip(),
-        &service.ports[port],
-        service.algorithm,
-        service.scope,
-        &client,
-        state,
-        |endpoint| worker.load_of(endpoint.address),
-        |below| rand::random_range(0..below.max(1)),
-        except,
-    )
-}
-
-/// Tries one destination.
-async fn attempt(
-    worker: &Rc<Worker>,
-    pod: &Arc<LocalPod>,
-    snapshot: &Snapshot,
-    client: SocketAddr,
-    destination: Destination,
-    tcp: &TcpStream,
-    patience: Duration,
-) -> Result<(Destination, Path), (Destination, ConnError)> {
-    let path = match &destination.workload {
-        Some(server) => match worker.shared.pod(&server.uid) {
-            Some(local) => same_node(worker, pod, snapshot, local, client, destination.address, patience).await,
-            None if server.transport == crate::model::Transport::Hbone => {
-                tunnel(worker, pod, server, destination.address, tcp, patience).await
-            }
-            None => plain(worker, pod, destination.address).await,
-        },
-        None => plain(worker, pod, destination.address).await,
-    };
-    match path {
-        Ok(path) => Ok((destination, path)),
-        Err(error) => Err((destination, error)),
-    }
-}
-
-async fn tunnel(
-    worker: &Worker,
-    pod: &LocalPod,
-    server: &Workload,
-    address: SocketAddr,
-    tcp: &TcpStream,
-    patience: Duration,
-) -> Result<Path, ConnError> {
-    let peer = Peer { uid: server.uid.clone(), identity: server.identity.clone(), address: address.ip() };
-    // An agent that takes the connection and then says nothing must not hold the client for ever, nor use up the time in
-    // which another endpoint could be tried.
-    let budget = if patience.is_zero() { CONNECT_BUDGET / 3 } else { CONNECT_BUDGET };
-    let dialer = Dialer {
-        pod: &pod.pod,
-        redirect: &worker.shared.redirect,
-        certificates: &worker.shared.certificates,
-        baggage: &pod.baggage,
-        patience,
-        wait: wait_for_application(patience),
-        deadline: Instant::now() + budget,
-    };
-    let early = Early::new(tcp);
-    let opened = tokio::time::timeout(budget, worker.pool.open(&dialer, &peer, address, &early)).await;
-    let opened = opened.unwrap_or_else(|_| {
-        worker.pool.forget(&peer);
-        Err(if early.asked() { ConnError::NoAnswer { address } } else { ConnError::ConnectTimeout { address } })
-    });
-    let opened = opened.map_err(|error| match early.sent() {
-        0 => error,
-        // Another endpoint must not be asked to do the same again.
-        _ => ConnError::Lost { source: Box::new(error) },
-    });
-    Ok(match opened? {
-        Carrier::Session(lease) => Path::Session(lease, early.sent()),
-        Carrier::Hbone { send, receive, place } => Path::Hbone { send, receive, place },
-    })
-}
-
-/// With others to ask (no patience), the answer must come well before the budget for one is used up: where the first bytes
-/// went along, only a refusal lets the others be asked.
-fn wait_for_application(patience: Duration) -> Duration {
-    if patience.is_zero() { CONNECT_BUDGET / 5 } else { connect::TIMEOUT }
-}
-
-async fn plain(worker: &Worker, pod: &LocalPod, address: SocketAddr) -> Result<Path, ConnError> {
-    let connected = connect::from_pod(&pod.pod, &worker.shared.redirect, address, Use::Plain).await;
-    let tcp = connected.map_err(|source| ConnError::Connect { address, source })?;
-    connect::keep_alive(&tcp);
-    Ok(Path::Plain(tcp))
-}
-
-/// Both pods are ours: the server's policy is judged here, by the identity of the pod that the kernel attests, and the
-/// application is reached in its own netns with no network between.
-async fn same_node(
-    worker: &Worker,
-    pod: &LocalPod,
-    snapshot: &Snapshot,
-    server: Arc<LocalPod>,
-    client: SocketAddr,
-    address: SocketAddr,
-    patience: Duration,
-) -> Result<Path, ConnError> {
-    let workload = snapshot.workload(&server.pod.workload.uid).unwrap_or(&server.pod.workload);
-    let identity = Some(&pod.pod.workload.identity);
-    let connection = Connection { identity, source: client, destination: address };
-    let verdict = policy::authorize(workload, &connection);
-    let judged = Judged {
-        workload: workload.uid.clone(),
-        identity: identity.cloned(),
-        source: client,
-        destination: address,
-        audited: verdict.audited,
-    };
-    if let Err(denied) = verdict.result {
-        let error = ConnError::Denied(denied);
-        worker.failed(&application::facts(snapshot, &server, &judged, Security::MutualTls), &error, Instant::now());
-        return Err(error);
-    }
-    let wait = wait_for_application(patience);
-    let app = application::connect(worker, &server, client.ip(), address, wait).await?;
-    Ok(Path::Local { app, server, judged })
 }
 
 /// Carries the bytes and writes the record.
@@ -274,12 +116,7 @@ async fn carry(
     path: Path,
     started: Instant,
 ) {
-    let (transport, security) = match &path {
-        Path::Session(..) => (Transport::Session, Security::MutualTls),
-        Path::Hbone { .. } => (Transport::Hbone, Security::MutualTls),
-        Path::Local { .. } => (Transport::Local, Security::MutualTls),
-        Path::Plain(_) => (Transport::Plain, Security::None),
-    };
+    let (transport, security) = path.kind();
     let facts = facts(from, &destination, security);
     let (counts, cut) = (Rc::new(Counts::default()), Rc::new(Cut::default()));
     let open = worker.opened(facts, transport, None, &cut, &counts, started);
@@ -322,19 +159,4 @@ async fn carry(
         }
     };
     open.end(&result);
-}
-
-fn facts(from: Party, destination: &Destination, security: Security) -> Facts {
-    let Destination { address, workload, service } = destination;
-    let tunnelled = security == Security::MutualTls;
-    let identity = workload.as_ref().filter(|_| tunnelled).map(|w| w.identity.clone());
-    let outer = if tunnelled { SocketAddr::new(address.ip(), HBONE_PORT) } else { *address };
-    Facts {
-        reporter: Reporter::Source,
-        source: from,
-        destination: Party { address: Some(outer), workload: workload.clone(), identity },
-        hbone_address: tunnelled.then_some(*address),
-        service: service.clone(),
-        security,
-    }
 }

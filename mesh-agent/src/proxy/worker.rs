@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use super::accept::{self, Accepted, Gate};
 use super::connections::{ConnectionInfo, Connections, Cut, Entry, Judged, Transport};
 use super::error::ConnError;
+use super::http;
 use super::transport::pool::Pool;
 use super::transport::session::Counts;
 use super::{balance, inbound, outbound};
@@ -53,7 +54,7 @@ pub struct LocalPod {
     /// Cancelled when the pod is gone: what is left of its connections would keep its network namespace alive.
     pub gone: CancellationToken,
     /// Istio's `baggage` header for connections of this pod.
-    pub baggage: http::HeaderValue,
+    pub baggage: ::http::HeaderValue,
 }
 
 /// What a worker is told.
@@ -86,6 +87,8 @@ pub struct Worker {
     pub index: usize,
     pub shared: Arc<Shared>,
     pub pool: Pool,
+    /// Connections to endpoints that speak HTTP.
+    pub http: http::pool::Pool,
     pub balance: RefCell<HashMap<(IpAddr, u16), balance::State>>,
     pub drain: CancellationToken,
     /// How long a tunnel that drains waits for what its client had sent before it knew.
@@ -116,6 +119,7 @@ pub fn run(
     let worker = Rc::new(Worker {
         index,
         pool: Pool::new(shared.workers.len()),
+        http: http::pool::Pool::default(),
         shared,
         balance: RefCell::default(),
         drain: CancellationToken::new(),
@@ -161,6 +165,7 @@ async fn main(worker: Rc<Worker>, mut events: mpsc::UnboundedReceiver<Event>, mu
                 }
                 Some(Event::Drain { linger }) => {
                     worker.linger.set(linger);
+                    worker.http.close_idle();
                     worker.pool.close_idle();
                     worker.drain.cancel();
                 }
@@ -171,13 +176,15 @@ async fn main(worker: Rc<Worker>, mut events: mpsc::UnboundedReceiver<Event>, mu
                 if cut > 0 {
                     tracing::info!(worker = worker.index, cut, "connections cut that a policy no longer allows");
                 }
+                worker.http.sweep(&snapshot, Instant::now());
                 worker.pool.sweep(&snapshot, Instant::now(), SystemTime::now());
                 judged_by = snapshot;
             }
             _ = tick.tick() => {
                 worker.connections.flush();
-                worker.pool.sweep(&worker.snapshot(), Instant::now(), SystemTime::now());
                 let snapshot = worker.snapshot();
+                worker.http.sweep(&snapshot, Instant::now());
+                worker.pool.sweep(&snapshot, Instant::now(), SystemTime::now());
                 worker.balance.borrow_mut().retain(|(ip, port), _| {
                     matches!(snapshot.resolve(SocketAddr::new(*ip, *port)), crate::model::Target::Service { .. })
                 });

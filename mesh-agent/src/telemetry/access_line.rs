@@ -7,7 +7,7 @@ use super::clock::Rfc3339;
 use super::{Facts, Outcome, Party, Reporter, ResponseFlag};
 
 /// A value, and how it is written: ztunnel quotes names in the text form, and not addresses and numbers.
-enum Value<'a> {
+pub(super) enum Value<'a> {
     Bare(&'a dyn std::fmt::Display),
     Quoted(&'a dyn std::fmt::Display),
     Number(u64),
@@ -78,7 +78,7 @@ fn fields(facts: &Facts, outcome: &Outcome, mut put: impl FnMut(&str, Value<'_>)
     }
 }
 
-fn party(party: &Party, [workload, namespace, identity]: [&str; 3], put: &mut impl FnMut(&str, Value<'_>)) {
+pub(super) fn party(party: &Party, [workload, namespace, identity]: [&str; 3], put: &mut impl FnMut(&str, Value<'_>)) {
     if let Some(w) = &party.workload {
         put(workload, Value::Quoted(&w.name));
         put(namespace, Value::Quoted(&w.namespace));
@@ -108,12 +108,12 @@ fn level(outcome: &Outcome) -> &'static str {
     }
 }
 
-fn put(line: &mut Vec<u8>, text: std::fmt::Arguments<'_>) {
+pub(super) fn put(line: &mut Vec<u8>, text: std::fmt::Arguments<'_>) {
     line.write_fmt(text).expect("writing to memory does not fail");
 }
 
 /// In quotes, so that no value (an error may repeat what a peer sent) can end the line or forge a field.
-fn quote(line: &mut Vec<u8>, value: &dyn std::fmt::Display) {
+pub(super) fn quote(line: &mut Vec<u8>, value: &dyn std::fmt::Display) {
     line.push(b'"');
     let start = line.len();
     put(line, format_args!("{value}"));

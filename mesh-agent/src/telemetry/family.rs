@@ -1,6 +1,6 @@
 //! Metric families made by hand, for collectors that read their values at scrape time.
 
-use prometheus::proto::{Counter, Gauge, LabelPair, Metric, MetricFamily, MetricType};
+use prometheus::proto::{Bucket, Counter, Gauge, Histogram, LabelPair, Metric, MetricFamily, MetricType};
 
 /// Name and help.
 pub(super) type About = (&'static str, &'static str);
@@ -33,6 +33,35 @@ pub(super) fn counters_f64<'a>(
         metric
     });
     family(name, help, MetricType::COUNTER, metrics.collect())
+}
+
+/// What a histogram has counted: by upper bound, all that is no more than it.
+pub(super) struct Distribution {
+    pub buckets: Vec<(f64, u64)>,
+    pub count: u64,
+    pub sum: f64,
+}
+
+pub(super) fn histograms<'a>(
+    (name, help): About,
+    samples: impl IntoIterator<Item = (Labels<'a>, Distribution)>,
+) -> MetricFamily {
+    let metrics = samples.into_iter().map(|(labels, Distribution { buckets, count, sum })| {
+        let bucket = |(bound, count): (f64, u64)| {
+            let mut bucket = Bucket::default();
+            bucket.set_upper_bound(bound);
+            bucket.set_cumulative_count(count);
+            bucket
+        };
+        let mut histogram = Histogram::default();
+        histogram.set_bucket(buckets.into_iter().map(bucket).collect());
+        histogram.set_sample_count(count);
+        histogram.set_sample_sum(sum);
+        let mut metric = Metric::from_label(pairs(&labels));
+        metric.set_histogram(histogram);
+        metric
+    });
+    family(name, help, MetricType::HISTOGRAM, metrics.collect())
 }
 
 fn family(name: &str, help: &str, kind: MetricType, metrics: Vec<Metric>) -> MetricFamily {

@@ -6,15 +6,21 @@ pub(crate) mod clock;
 mod family;
 #[cfg(test)]
 pub(crate) mod fixtures;
+mod flags;
 pub mod logging;
 mod metrics;
 mod process;
 mod record;
+mod request_line;
+mod requests;
 mod traffic;
 
 pub use access_log::{AccessLog, LogFormat};
+pub use flags::Flags;
 pub use metrics::{ConnectionCounters, Metrics, NodeFacts};
 pub use record::{Facts, Outcome, Party, Reporter, ResponseFlag, Security};
+pub use request_line::RequestLine;
+pub use requests::{Ended, Measured, Seen};
 
 /// What the data path reports to.
 pub struct Telemetry {

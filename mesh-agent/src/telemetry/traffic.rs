@@ -20,7 +20,7 @@ use super::{ConnectionCounters, Facts, Party, Reporter, ResponseFlag, Security};
 use crate::model::{Service, Snapshot, Workload};
 
 /// In ztunnel's order. `response_flags` is not here: it differs between counters of one series.
-const LABELS: [&str; 22] = [
+pub(super) const LABELS: [&str; 22] = [
     "reporter",
     "source_workload",
     "source_canonical_service",
@@ -56,11 +56,11 @@ const SENT: About = ("istio_tcp_sent_bytes_total", "Bytes from the client to the
 const RECEIVED: About = ("istio_tcp_received_bytes_total", "Bytes from the server to the client.");
 
 /// Parts the values of a key. No name of Kubernetes has it, and a value that does (it cannot) would only mislabel itself.
-const SEPARATOR: char = '\u{1f}';
+pub(super) const SEPARATOR: char = '\u{1f}';
 /// A missing value, as Istio has it.
 const UNKNOWN: &str = "unknown";
 /// How long a label set outlives its workloads: several scrapes, so that the last bytes are seen.
-const GRACE: Duration = Duration::from_secs(300);
+pub(super) const GRACE: Duration = Duration::from_secs(300);
 
 pub(super) struct Traffic {
     /// Label values, joined -> counters.
@@ -116,7 +116,7 @@ impl Traffic {
         thread_local!(static KEY: RefCell<String> = const { RefCell::new(String::new()) });
         KEY.with_borrow_mut(|key| {
             key.clear();
-            write_key(key, facts);
+            write_key(key, facts, "tcp");
             if let Some(series) = self.series.read().unwrap_or_else(PoisonError::into_inner).get(key.as_str()) {
                 return act(series);
             }
@@ -127,27 +127,13 @@ impl Traffic {
 
     /// See `Metrics::sweep`.
     pub(super) fn sweep(&self, snapshot: &Snapshot, now: Instant) {
-        // What series speak of, less what is there: the mesh may be a thousand times larger than what this node speaks with.
-        let mut missing: HashSet<String> = {
+        let missing = {
             let all = self.series.read().unwrap_or_else(PoisonError::into_inner);
-            all.keys()
-                .flat_map(|key| [SOURCE, SERVICE, DESTINATION].map(|part| part_of(key, part).to_owned()))
-                .collect()
+            missing(all.keys().map(|key| &**key), snapshot)
         };
-        let mut key = String::new();
-        let mut is_there = |write: &dyn Fn(&mut String)| {
-            key.clear();
-            write(&mut key);
-            missing.remove(&key);
-        };
-        snapshot.workloads().for_each(|w| is_there(&|k: &mut String| write_workload(k, Some(w))));
-        snapshot.services().for_each(|s| is_there(&|k: &mut String| write_service(k, Some(s))));
-        is_there(&|k: &mut String| write_workload(k, None));
-        is_there(&|k: &mut String| write_service(k, None));
-
         let mut all = self.series.write().unwrap_or_else(PoisonError::into_inner);
         all.retain(|key, series| {
-            let alive = [SOURCE, SERVICE, DESTINATION].into_iter().all(|part| !missing.contains(part_of(key, part)));
+            let alive = is_alive(key, &missing);
             let mut gone = series.gone.write().unwrap_or_else(PoisonError::into_inner);
             if alive || series.open.load(Relaxed) > 0 {
                 *gone = None;
@@ -216,6 +202,29 @@ impl Series {
     }
 }
 
+/// What the series of these keys speak of and the mesh no longer has.
+pub(super) fn missing<'a>(keys: impl Iterator<Item = &'a str>, snapshot: &Snapshot) -> HashSet<String> {
+    // What series speak of, less what is there: the mesh may be a thousand times larger than what this node speaks with.
+    let mut missing: HashSet<String> =
+        keys.flat_map(|key| [SOURCE, SERVICE, DESTINATION].map(|part| part_of(key, part).to_owned())).collect();
+    let mut key = String::new();
+    let mut is_there = |write: &dyn Fn(&mut String)| {
+        key.clear();
+        write(&mut key);
+        missing.remove(&key);
+    };
+    snapshot.workloads().for_each(|w| is_there(&|k: &mut String| write_workload(k, Some(w))));
+    snapshot.services().for_each(|s| is_there(&|k: &mut String| write_service(k, Some(s))));
+    is_there(&|k: &mut String| write_workload(k, None));
+    is_there(&|k: &mut String| write_service(k, None));
+    missing
+}
+
+/// Whether the mesh has all that a key speaks of.
+pub(super) fn is_alive(key: &str, missing: &HashSet<String>) -> bool {
+    [SOURCE, SERVICE, DESTINATION].into_iter().all(|part| !missing.contains(part_of(key, part)))
+}
+
 fn labels(key: &str, flag: ResponseFlag) -> Labels<'_> {
     let mut labels: Labels<'_> = LABELS.iter().copied().zip(key.split(SEPARATOR)).collect();
     labels.push(("response_flags", flag.as_str()));
@@ -223,7 +232,7 @@ fn labels(key: &str, flag: ResponseFlag) -> Labels<'_> {
 }
 
 /// The values of `facts` for `LABELS`.
-fn write_key(key: &mut String, facts: &Facts) {
+pub(super) fn write_key(key: &mut String, facts: &Facts, protocol: &str) {
     key.push_str(match facts.reporter {
         Reporter::Source => "source",
         Reporter::Destination => "destination",
@@ -239,7 +248,7 @@ fn write_key(key: &mut String, facts: &Facts) {
     key.push(SEPARATOR);
     write_principal(key, &facts.destination);
     key.push(SEPARATOR);
-    key.push_str("tcp");
+    key.push_str(protocol);
     key.push(SEPARATOR);
     // The specification: only the server's side says it, at the client's it is `unknown`.
     key.push_str(match (facts.reporter, facts.security) {

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! layer 5   bin  cli  app                               may import all; imported by none
-//! layer 4   proxy/{outbound,inbound,gateway}  dns  admin  controller  cni  pod_status  handover
+//! layer 4   proxy/{outbound,reach,http,inbound,gateway}  dns  admin  controller  cni  pod_status  handover
 //! layer 3   proxy/{accept,detect,transport,connections}  enrollment  redirect  discovery  identity
 //! layer 2   translate  proxy/{policy,route,balance}     pure
 //! layer 1   api_server  telemetry  lifecycle  config  proxy/error   used by 3 and 4; never by 0 and 2
@@ -15,6 +15,8 @@ const PARTS: &[(&str, u8)] = &[
     ("cli", 5),
     ("app", 5),
     ("proxy/outbound", 4),
+    ("proxy/reach", 4),
+    ("proxy/http", 4),
     ("proxy/inbound", 4),
     ("proxy/gateway", 4),
     ("dns", 4),
@@ -59,7 +61,16 @@ const BESIDE: &[(&str, &str)] = &[
     ("proxy/accept", "proxy/worker"),
     ("proxy/worker", "proxy/outbound"),
     ("proxy/worker", "proxy/inbound"),
+    ("proxy/worker", "proxy/http"),
+    ("proxy/reach", "proxy/worker"),
+    ("proxy/reach", "proxy/application"),
+    ("proxy/outbound", "proxy/reach"),
     ("proxy/outbound", "proxy/application"),
+    // Requests are taken from the same connections, and go the same ways.
+    ("proxy/outbound", "proxy/http"),
+    ("proxy/http", "proxy/reach"),
+    ("proxy/http", "proxy/worker"),
+    ("proxy/http", "proxy/application"),
     ("proxy/inbound", "proxy/application"),
     // Faults are named where connections end, and most are the transport's.
     ("proxy/error", "proxy/transport"),

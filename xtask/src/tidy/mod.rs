@@ -33,6 +33,8 @@ const HOMES: &[(&[&str], &[&str], &str)] = &[
         &["hyper::", "hyper_util::", "h2::"],
         &[
             "proxy/outbound",
+            "proxy/reach.rs",
+            "proxy/http/",
             "proxy/inbound",
             "proxy/gateway",
             "proxy/transport/",

@@ -95,7 +95,7 @@ pub fn is_closed(socket: &TcpStream) -> bool {
 }
 
 /// Whether the peer has ended its side in order, as far as epoll has told. False after a reset.
-fn has_ended(socket: &TcpStream) -> bool {
+pub fn has_ended(socket: &TcpStream) -> bool {
     matches!(readiness(socket), Poll::Ready(Ok(r)) if r.is_read_closed() && !r.is_write_closed() && !r.is_error())
 }
 

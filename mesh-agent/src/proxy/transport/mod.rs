@@ -18,6 +18,7 @@ pub mod session;
 pub mod stream;
 #[cfg(test)]
 mod tests;
+pub mod upstream;
 
 pub use mesh_common::HBONE_PORT;
 

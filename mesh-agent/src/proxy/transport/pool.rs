@@ -297,6 +297,24 @@ impl Lease {
         self
     }
 
+    /// Of a session that belongs to no pool.
+    #[cfg(test)]
+    pub fn of(session: Session) -> Self {
+        Self::reserve(&Rc::default()).filled(session, SystemTime::now() + IDLE)
+    }
+
+    /// The session that was given back last.
+    #[cfg(test)]
+    pub fn again(self) -> Option<Self> {
+        self.entry.take_idle()
+    }
+
+    /// Another place of the same pair of pods, for a session that comes back.
+    #[cfg(test)]
+    pub fn beside(&self) -> Self {
+        Self::reserve(&self.entry)
+    }
+
     pub fn session(&mut self) -> &mut Session {
         self.session.as_mut().expect("a lease is filled before it is handed out")
     }

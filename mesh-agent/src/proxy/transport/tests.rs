@@ -15,6 +15,8 @@ use super::session::{Answer, Counts, Early, End, Session, Side};
 use crate::identity::{Ca, CaOptions, CertificateOptions, Certificates, Clock};
 use crate::model::{SpiffeId, TrustDomain};
 
+mod upstream;
+
 const TARGET: &str = "10.1.2.3:80";
 
 struct Pki {

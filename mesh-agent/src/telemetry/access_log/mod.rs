@@ -15,7 +15,7 @@ use std::time::{Duration, SystemTime};
 use prometheus::IntCounter;
 
 use super::access_line::{write_json, write_text};
-use super::{Facts, Outcome};
+use super::{Facts, Outcome, RequestLine};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -102,6 +102,21 @@ impl AccessLog {
 
     /// Writes the line of a connection that has ended, or never began. Does not block.
     pub fn write(&self, facts: &Facts, outcome: &Outcome) {
+        self.line(|line, form| match form {
+            JSON => write_json(line, SystemTime::now(), facts, outcome),
+            _ => write_text(line, SystemTime::now(), facts, outcome),
+        });
+    }
+
+    /// The same of an HTTP request.
+    pub fn write_request(&self, request: &RequestLine<'_>) {
+        self.line(|line, form| match form {
+            JSON => request.write_json(line, SystemTime::now()),
+            _ => request.write_text(line, SystemTime::now()),
+        });
+    }
+
+    fn line(&self, write: impl FnOnce(&mut Vec<u8>, u8)) {
         let Some(queue) = &self.queue else { return };
         let form = self.form.load(Ordering::Relaxed);
         if form == OFF {
@@ -110,14 +125,16 @@ impl AccessLog {
         thread_local!(static LINE: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) });
         LINE.with_borrow_mut(|line| {
             line.clear();
-            match form {
-                JSON => write_json(line, SystemTime::now(), facts, outcome),
-                _ => write_text(line, SystemTime::now(), facts, outcome),
-            }
+            write(line, form);
             if !queue.push(line) {
                 self.dropped.inc();
             }
         });
+    }
+
+    /// Whether lines are wanted.
+    pub fn is_on(&self) -> bool {
+        self.queue.is_some() && self.form.load(Ordering::Relaxed) != OFF
     }
 
     /// Lines that were dropped because stdout was too slow, for `Metrics::adopt`.

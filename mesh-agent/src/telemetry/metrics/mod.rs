@@ -9,8 +9,9 @@ use prometheus::proto::MetricFamily;
 use prometheus::{Encoder, IntCounter, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder};
 
 use super::process::Process;
+use super::requests::Requests;
 use super::traffic::Traffic;
-use super::{Facts, Outcome, Reporter};
+use super::{Ended, Facts, Measured, Outcome, Reporter, Seen};
 use crate::model::Snapshot;
 
 /// All metrics of this process. Cheap to clone.
@@ -18,6 +19,7 @@ use crate::model::Snapshot;
 pub struct Metrics {
     registry: Registry,
     traffic: Arc<Traffic>,
+    requests: Arc<Requests>,
     /// Resolved once: `sockets_open` has two children for ever.
     source_sockets: IntGauge,
     destination_sockets: IntGauge,
@@ -56,7 +58,7 @@ impl Default for Metrics {
 impl Metrics {
     pub fn new() -> Self {
         let registry = Registry::new();
-        let traffic = Arc::new(Traffic::new());
+        let (traffic, requests) = (Arc::new(Traffic::new()), Arc::new(Requests::new()));
         let sockets =
             IntGaugeVec::new(Opts::new("istio_tcp_sockets_open", "Connections that are open now."), &["reporter"])
                 .expect("name and label are valid");
@@ -69,12 +71,14 @@ impl Metrics {
         let metrics = Self {
             registry,
             traffic: traffic.clone(),
+            requests: requests.clone(),
             source_sockets: sockets.with_label_values(&["source"]),
             destination_sockets: sockets.with_label_values(&["destination"]),
         };
         metrics.register(Box::new(sockets));
         metrics.register(Box::new(build));
-        metrics.register(Box::new(SharedTraffic(traffic)));
+        metrics.register(Box::new(Shared(traffic)));
+        metrics.register(Box::new(Shared(requests)));
         metrics.register(Box::new(Process::new()));
         metrics
     }
@@ -96,6 +100,11 @@ impl Metrics {
         self.traffic.failed(facts, outcome.flag);
     }
 
+    /// Counts a request that has ended (`istio_requests_total` and its distributions). `seen` spares the search for labels.
+    pub fn request(&self, facts: &Facts, seen: Option<&Seen>, ended: Ended, measured: &Measured) {
+        self.requests.count(facts, seen, ended, measured);
+    }
+
     /// Asks `facts` at each scrape. May be called once in the life of a process.
     pub fn watch_node(&self, facts: impl Fn() -> NodeFacts + Send + Sync + 'static) {
         self.register(Box::new(NodeCollector { descs: node_descs(), facts: Box::new(facts) }));
@@ -110,6 +119,7 @@ impl Metrics {
     /// bounded by the mesh as it is and not as it was. To be called now and then, once a minute say.
     pub fn sweep(&self, snapshot: &Snapshot, now: Instant) {
         self.traffic.sweep(snapshot, now);
+        self.requests.sweep(snapshot, now);
     }
 
     /// In Prometheus' text format.
@@ -135,9 +145,9 @@ impl Metrics {
 }
 
 /// The registry wants a box of its own.
-struct SharedTraffic(Arc<Traffic>);
+struct Shared<T>(Arc<T>);
 
-impl Collector for SharedTraffic {
+impl<T: Collector> Collector for Shared<T> {
     fn desc(&self) -> Vec<&Desc> {
         self.0.desc()
     }

@@ -2,6 +2,7 @@
 
 mod client;
 mod server;
+mod stream;
 
 use std::cell::Cell;
 use std::future::poll_fn;
@@ -13,6 +14,7 @@ use tokio::net::TcpStream;
 
 pub use client::{Connection, Place, open};
 pub use server::{Incoming, read_authority, serve};
+pub use stream::HboneStream;
 
 use super::io::{self as sock, Read, Turn};
 use super::session::{Counts, Side};

@@ -3,7 +3,9 @@
 
 use std::cell::Cell;
 use std::collections::VecDeque;
+use std::future::poll_fn;
 use std::io::{self, IoSlice, IoSliceMut};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use tokio::net::TcpStream;
@@ -15,6 +17,10 @@ use super::handshake::Established;
 use super::io::{self as sock, Read, Turn};
 use super::record::{HEADER, MAX_RECORD, OVERHEAD, Opened, Opener, RecordError, Sealer, TAG};
 use crate::model::SpiffeId;
+
+mod stream;
+
+pub use stream::SessionStream;
 
 /// A quarter of a buffer holds one whole record of a DATA frame.
 const SLOT: usize = buffers::SIZE / 4;
@@ -111,7 +117,7 @@ pub enum End {
 /// have to be asked.
 #[derive(Debug)]
 pub struct Early<'a> {
-    app: &'a TcpStream,
+    app: Option<&'a TcpStream>,
     asked: Cell<bool>,
     sent: Cell<usize>,
 }
@@ -321,7 +327,12 @@ impl Session {
 
 impl<'a> Early<'a> {
     pub fn new(app: &'a TcpStream) -> Self {
-        Self { app, asked: Cell::new(false), sent: Cell::new(0) }
+        Self { app: Some(app), asked: Cell::new(false), sent: Cell::new(0) }
+    }
+
+    /// For those who send their first bytes when the connection stands.
+    pub fn none() -> Self {
+        Self { app: None, asked: Cell::new(false), sent: Cell::new(0) }
     }
 
     /// Whether the server's agent was asked for the connection.
@@ -341,7 +352,8 @@ impl Sender {
         let mut payload = [0; OPEN_MAX];
         let len = frame::write_open(open, &mut payload);
         let mut buffer = Buffer::take();
-        let peeked = sock::peek(early.app, &mut buffer[SLOT + DATA_AT..SLOT + DATA_AT + SLOT_DATA]);
+        let room = &mut buffer[SLOT + DATA_AT..SLOT + DATA_AT + SLOT_DATA];
+        let peeked = early.app.map_or(0, |app| sock::peek(app, room));
         if peeked == 0 {
             return self.send(tcp, Kind::Open, &payload[..len]).await;
         }
@@ -596,22 +608,26 @@ impl Receiver {
     /// Reads more, once all whole frames are taken. `false`: the peer has closed. Holds no buffer while it waits for the
     /// first byte of a record.
     async fn fill(&mut self, tcp: &TcpStream) -> Result<bool, SessionError> {
+        poll_fn(|cx| self.poll_fill(tcp, cx)).await
+    }
+
+    fn poll_fill(&mut self, tcp: &TcpStream, cx: &mut Context<'_>) -> Poll<Result<bool, SessionError>> {
         if self.start == self.end {
             self.buffer = None;
             (self.start, self.end) = (0, 0);
         }
         loop {
-            sock::readable(tcp).await?;
+            ready!(tcp.poll_read_ready(cx))?;
             let buffer = self.buffer.get_or_insert_with(Buffer::take);
             if self.start > 0 {
                 buffer.copy_within(self.start..self.end, 0);
                 (self.start, self.end) = (0, self.end - self.start);
             }
             match sock::try_read(tcp, &mut [IoSliceMut::new(&mut buffer[self.end..])])?.count() {
-                Some(0) => return Ok(false),
+                Some(0) => return Poll::Ready(Ok(false)),
                 Some(n) => {
                     self.end += n;
-                    return Ok(true);
+                    return Poll::Ready(Ok(true));
                 }
                 None if self.end == 0 => self.buffer = None,
                 None => {}
