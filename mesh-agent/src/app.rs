@@ -200,8 +200,10 @@ async fn node(
         let follower = Follower {
             server: ApiServer::connect(kubernetes.kubeconfig.as_deref(), None).await?,
             namespace: kubernetes.namespace.clone(),
+            workload: ("daemonset", "nodemesh-agent"),
             live,
-            node: present.clone(),
+            read: Live::node,
+            present: present.clone(),
             apply: Box::new(move |node, problems| {
                 if log.get() != node.logging.filter
                     && let Err(e) = log.set(&node.logging.filter)

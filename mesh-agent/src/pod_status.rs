@@ -15,7 +15,7 @@ use tokio::time::Instant;
 use crate::api_server::{ApiError, ApiServer, Kind};
 use crate::enrollment::PodStatus;
 use crate::model::{NodePod, NodePods, Standing};
-use crate::telemetry::clock::Rfc3339;
+use crate::telemetry::clock::seconds;
 
 /// Between two requests: twenty a second are few for an API server, and a node has some hundred pods.
 const PACE: Duration = Duration::from_millis(50);
@@ -205,8 +205,7 @@ fn event(node: &str, uid: &str, pod: &NodePod, reason: &str, message: &str, now:
     let mut hasher = DefaultHasher::new();
     (uid, reason, message).hash(&mut hasher);
     let name = format!("{}.{:016x}", shortened(&pod.name, LONGEST_NAME).trim_end_matches(['-', '.']), hasher.finish());
-    let now = Rfc3339(now).to_string();
-    let seconds = now.split('.').next().unwrap_or_default().to_owned() + "Z";
+    let seconds = seconds(now);
     json!({
         "apiVersion": "v1", "kind": "Event",
         "metadata": {"name": name, "namespace": &*pod.namespace},

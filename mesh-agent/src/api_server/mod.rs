@@ -4,6 +4,7 @@
 //! and a field that is wrong gets a Problem with its path, which generated types could not give.
 
 mod error;
+mod event;
 mod kind;
 mod watch;
 
@@ -14,6 +15,7 @@ use kube::config::{KubeConfigOptions, Kubeconfig};
 use serde_json::Value;
 
 pub use error::ApiError;
+pub use event::Warning;
 pub use kind::Kind;
 pub use watch::{Change, watch};
 

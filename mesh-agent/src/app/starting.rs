@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use anyhow::Context;
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 use tokio::task::AbortHandle;
 
 use crate::api_server::{ApiServer, Kind};
@@ -43,15 +43,25 @@ pub(super) async fn serve_starting_pods(
         }) as _
     });
     let (node_pods, hints) = (sources.node_pods.clone(), sources.hints.clone());
-    // In this order: the plugin reads the file, asks at the socket, and is installed when both are there.
+    // The plugin reads the file and asks at the socket: it is installed when both are there. A disk that is full keeps the agent
+    // from neither: pods that run are served.
     let members = config.state_dir.join(cni::MEMBERS_FILE);
-    tasks.push(tokio::spawn(cni::keep_members(members.clone(), node_pods.clone()).await?).abort_handle());
+    let (written, is_written) = oneshot::channel();
+    let keeping = cni::keep_members(members.clone(), node_pods.clone(), move || {
+        let _ = written.send(());
+    });
+    tasks.push(tokio::spawn(keeping).abort_handle());
     let desk = CniServer::bind(&socket, cni::Inputs { node_pods, statuses, places, hints, ask_for_pod })?;
     tasks.push(tokio::spawn(desk.run()).abort_handle());
     let plugin = std::env::current_exe().context("cannot find the agent's own binary")?.with_file_name(cni::PLUGIN);
     // Until then, pods that start do not wait: the node must not count as ready.
     let installing = readiness.block("the CNI plugin");
     let layout = Layout { conf_dir, bin_dir, plugin, socket, members };
-    tasks.push(tokio::spawn(Installer::new(layout).run(move || drop(installing))).abort_handle());
+    let install = async move {
+        if is_written.await.is_ok() {
+            Installer::new(layout).run(move || drop(installing)).await;
+        }
+    };
+    tasks.push(tokio::spawn(install).abort_handle());
     Ok(tasks)
 }

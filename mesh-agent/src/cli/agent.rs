@@ -13,7 +13,7 @@ pub(super) fn run(args: impl IntoIterator<Item = OsString>) -> anyhow::Result<()
         Wish::Show(text) => Ok(write!(std::io::stdout(), "{text}")?),
         Wish::Node(config, live) => app::run_node(*config, *live),
         Wish::Cleanup(config) => cleanup(&config, &mut std::io::stdout()),
-        Wish::Controller(config) => app::run_controller(config),
+        Wish::Controller(config, live) => app::run_controller(*config, *live),
         Wish::Token { controller, node, ttl } => {
             Ok(writeln!(std::io::stdout(), "{}", app::join_token(controller, &node, ttl)?)?)
         }

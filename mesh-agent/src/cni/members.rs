@@ -62,42 +62,41 @@ impl Members {
     }
 }
 
-/// Writes the file whenever something has changed, until nobody tells any more. The first time it is written before this
-/// returns, so that the plugin is never there without it.
-pub async fn keep_members(
-    path: PathBuf,
-    mut pods: watch::Receiver<Arc<NodePods>>,
-) -> Result<impl Future<Output = ()> + Send + 'static, FileError> {
-    let mut written = Members::of(&pods.borrow_and_update());
-    written.write(&path)?;
-    Ok(async move {
-        let mut said = String::new();
-        let mut failed = false;
-        loop {
-            let again = tokio::time::sleep(std::time::Duration::from_secs(5));
-            tokio::select! {
-                changed = pods.changed() => if changed.is_err() { return },
-                () = again, if failed => {}
-            }
-            let members = Members::of(&pods.borrow_and_update());
-            if members == written && !failed {
-                continue;
-            }
+/// Writes the file whenever something has changed, until nobody tells any more, and again after a failure. `written` is called
+/// when it is there for the first time: the plugin is not to be there without it.
+pub async fn keep_members(path: PathBuf, mut pods: watch::Receiver<Arc<NodePods>>, written: impl FnOnce() + Send) {
+    let (mut first, mut known, mut said) = (Some(written), None, String::new());
+    loop {
+        let members = Members::of(&pods.borrow_and_update());
+        let failed = if known.as_ref() == Some(&members) {
+            false
+        } else {
             let (at, content) = (path.clone(), members.clone());
             let result = tokio::task::spawn_blocking(move || content.write(&at)).await;
-            failed = !matches!(result, Ok(Ok(())));
-            match result {
-                Ok(Ok(())) => said.clear(),
-                Ok(Err(e)) if e.to_string() != said => {
-                    said = e.to_string();
-                    tracing::error!("the CNI plugin cannot be told who is in the mesh: {said}; it is tried again");
-                }
-                Ok(Err(_)) => {}
-                Err(e) => tracing::error!("the CNI plugin cannot be told who is in the mesh: {e}"),
+            let hindrance = match result {
+                Ok(Ok(())) => String::new(),
+                Ok(Err(e)) => e.to_string(),
+                Err(e) => e.to_string(),
+            };
+            let failed = !hindrance.is_empty();
+            if failed && hindrance != said {
+                tracing::error!("the CNI plugin cannot be told who is in the mesh: {hindrance}; it is tried again");
             }
-            written = members;
+            said = hindrance;
+            if !failed {
+                known = Some(members);
+                if let Some(written) = first.take() {
+                    written();
+                }
+            }
+            failed
+        };
+        let again = tokio::time::sleep(std::time::Duration::from_secs(5));
+        tokio::select! {
+            changed = pods.changed() => if changed.is_err() { return },
+            () = again, if failed => {}
         }
-    })
+    }
 }
 
 #[cfg(test)]
@@ -158,7 +157,11 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("members.json");
         let (tell, told) = watch::channel(Arc::new(NodePods::default()));
-        let keeping = tokio::spawn(keep_members(path.clone(), told).await.unwrap());
+        let (written, is_written) = tokio::sync::oneshot::channel();
+        let keeping = tokio::spawn(keep_members(path.clone(), told, move || {
+            let _ = written.send(());
+        }));
+        is_written.await.unwrap();
         assert!(!Members::read(&path).unwrap().has(&pod("shop", "")), "it is there from the beginning");
         tell.send_replace(Arc::new(NodePods { enabled_namespaces: ["shop".into()].into(), ..NodePods::default() }));
         let follows = async {
@@ -169,5 +172,22 @@ mod tests {
         tokio::time::timeout(std::time::Duration::from_secs(60), follows).await.unwrap();
         drop(tell);
         keeping.await.unwrap();
+    }
+    #[tokio::test(start_paused = true)]
+    async fn a_file_that_cannot_be_written_is_written_when_it_can() {
+        let folder = tempfile::tempdir().unwrap();
+        // As on a full disk: there is no place for it.
+        let path = folder.path().join("later/members.json");
+        let (_tell, told) = watch::channel(Arc::new(NodePods::default()));
+        let (written, mut is_written) = tokio::sync::oneshot::channel();
+        let keeping = tokio::spawn(keep_members(path.clone(), told, move || {
+            let _ = written.send(());
+        }));
+        tokio::time::sleep(std::time::Duration::from_secs(20)).await;
+        assert!(is_written.try_recv().is_err() && !keeping.is_finished(), "the agent goes on, and installs no plugin");
+        std::fs::create_dir(folder.path().join("later")).unwrap();
+        is_written.await.unwrap();
+        assert!(Members::read(&path).is_some());
+        keeping.abort();
     }
 }

@@ -139,13 +139,20 @@ impl Processes {
     }
 }
 
+/// Folders that kubelet makes between `kubepods` and those of pods.
+const CLASSES: [&str; 2] = ["burstable", "besteffort"];
+
 /// Whether a process whose /proc/PID/cgroup this is belongs to the pod. Kubelet's folders are called `pod<uid>`, where
 /// systemd makes them `kubepods-...-pod<uid with underscores>.slice`.
-/// The outermost folder counts: what is below it is the pod's own to name.
+/// The outermost folder counts: what is below it is the pod's own to name. Where cgroup2 is all there is, each container has a
+/// cgroup namespace of its own, and paths are told from the agent's folder on: what two pods have in common is `..`.
 fn is_of(cgroups: &str, uid: &str) -> bool {
     let (plain, slice) = (format!("pod{uid}"), format!("-pod{}.slice", uid.replace('-', "_")));
     let pod_of = |path: &str| {
-        let mut parts = path.split('/').skip_while(|part| !part.contains("kubepods"));
+        let below = path.trim_start_matches("/..");
+        let first = below.trim_start_matches('/').split('/').next().unwrap_or_default();
+        let among_pods = below.len() < path.len() && (first.starts_with("pod") || CLASSES.contains(&first));
+        let mut parts = below.split('/').skip_while(|part| !among_pods && !part.contains("kubepods"));
         parts
             .find(|part| part.starts_with("pod") || part.contains("kubepods-") && part.contains("-pod"))
             .map(str::to_owned)
@@ -193,6 +200,35 @@ mod tests {
         assert_eq!(processes.find(UID).unwrap(), proc.path().join("70/ns/net"));
         assert!(matches!(processes.find("other"), Err(FindError::NoProcess(_))));
         assert!(matches!(processes.find(""), Err(FindError::NoProcess(_))), "an empty uid is nobody's");
+    }
+
+    #[test]
+    fn a_pod_is_found_wherever_the_agent_looks_from() {
+        let slice = format!("kubepods-burstable-pod{}.slice", UID.replace('-', "_"));
+        let its = [
+            format!("/kubepods/burstable/pod{UID}/c"),
+            format!("/n1/kubepods/pod{UID}/c"),
+            format!("/kubepods.slice/kubepods-burstable.slice/{slice}/cri-c.scope"),
+            // From another container, as cgroup2 alone shows it.
+            format!("/../../pod{UID}/c"),
+            format!("/../../../besteffort/pod{UID}/c"),
+            format!("/../../../pod{UID}/c"),
+            format!("/../../{slice}/cri-c.scope"),
+            format!("/../../../kubepods-besteffort.slice/{slice}/cri-c.scope"),
+        ];
+        for path in its {
+            assert!(is_of(&format!("0::{path}\n"), UID), "{path}");
+        }
+        let others = [
+            format!("/pod{UID}"),
+            format!("/../../podother/c/pod{UID}"),
+            format!("/../../../burstable/podother/kubepods/pod{UID}"),
+            format!("/../../../../system.slice/x/pod{UID}"),
+            format!("/../../system.slice/burstable/pod{UID}"),
+        ];
+        for path in others {
+            assert!(!is_of(&format!("0::{path}\n"), UID), "{path}");
+        }
     }
 
     #[test]

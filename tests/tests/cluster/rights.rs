@@ -148,6 +148,10 @@ pub fn what_is_wrong_is_refused_in_a_sentence(stage: &Stage) {
     assert!(said.contains("10.0.0.300"), "{said}");
     let said = refused(&policy("{action: PERHAPS}"));
     assert!(said.contains("PERHAPS"), "{said}");
+    let wrong =
+        format!("apiVersion: v1\nkind: Namespace\nmetadata: {{name: {NS}, labels: {{nodemesh.io/mode: \"on\"}}}}\n");
+    let said = refused(&wrong);
+    assert!(said.contains("`on` is no mode: use enabled or disabled"), "{said}");
     kube.apply(&policy("{action: DENY, rules: [{from: [{source: {namespaces: [other]}}]}]}"));
     kube.eventually("the policy shows that it is in force", || {
         let object = kube.get(&["-n", NS, "authorizationpolicy", "p"]);
