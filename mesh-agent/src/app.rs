@@ -147,7 +147,7 @@ async fn node(
     };
     let places = Arc::new(match &config.source {
         Source::Directory(_) => Places::Manifests,
-        Source::Kubernetes(_) => Places::Processes(Processes::new(&config.host_proc)),
+        Source::Kubernetes(_) => Places::Processes(Processes::new(&config.host_proc, sources.node_pods.clone())),
     });
     let mut enrollment = Enrollment::new(EnrollmentInputs {
         node: name,

@@ -230,7 +230,9 @@ mod tests {
     const WHY: &str = "a pod in the host's network cannot be in the mesh";
 
     fn pods(standing: Standing, shown: Option<&str>) -> NodePods {
-        let pod = NodePod { namespace: "shop".into(), name: "web".into(), standing, shown: shown.map(str::to_owned) };
+        let shown = shown.map(str::to_owned);
+        let (namespace, name) = ("shop".into(), "web".into());
+        let pod = NodePod { namespace, name, standing, shown, static_uid: None };
         NodePods { pods: [("u".into(), pod)].into(), ..NodePods::default() }
     }
 

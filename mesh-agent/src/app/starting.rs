@@ -33,20 +33,27 @@ pub(super) async fn serve_starting_pods(
         tasks.push(tokio::spawn(show_pods(server, node, node_pods, statuses.clone())).abort_handle());
     }
     let Some(Cni { conf_dir, bin_dir, socket }) = config.cni.clone() else { return Ok(tasks) };
-    let ask_for_pod = Box::new(move |namespace: String, name: String| {
+    // Where there is no API server the source knows all that there is.
+    let ask = move |kind: Kind, namespace: String, name: String| {
         let server = server.clone();
         Box::pin(async move {
             match server {
-                Some(server) => server.get(&Kind::POD, &namespace, &name).await,
+                Some(server) => server.get(&kind, &namespace, &name).await,
                 None => Ok(None),
             }
         }) as _
+    };
+    let ask_for_pod = Box::new({
+        let ask = ask.clone();
+        move |namespace, name| ask(Kind::POD, namespace, name)
     });
+    let ask_for_namespace = Box::new(move |name| ask(Kind::NAMESPACE, String::new(), name));
     let (node_pods, hints) = (sources.node_pods.clone(), sources.hints.clone());
     // In this order: the plugin reads the file, asks at the socket, and is installed when both are there.
     let members = config.state_dir.join(cni::MEMBERS_FILE);
     tasks.push(tokio::spawn(cni::keep_members(members.clone(), node_pods.clone()).await?).abort_handle());
-    let desk = CniServer::bind(&socket, cni::Inputs { node_pods, statuses, places, hints, ask_for_pod })?;
+    let desk =
+        CniServer::bind(&socket, cni::Inputs { node_pods, statuses, places, hints, ask_for_pod, ask_for_namespace })?;
     tasks.push(tokio::spawn(desk.run()).abort_handle());
     let plugin = std::env::current_exe().context("cannot find the agent's own binary")?.with_file_name(cni::PLUGIN);
     // Until then, pods that start do not wait: the node must not count as ready.

@@ -7,6 +7,7 @@
 //! and entry into the node's folders, `conflist` edits the text of the entry's file.
 
 mod conflist;
+mod freshness;
 mod install;
 mod json;
 mod members;
@@ -15,6 +16,7 @@ mod protocol;
 mod server;
 mod spec;
 
+pub use freshness::AskForNamespace;
 pub use install::{InstallError, Installer, Layout, uninstall};
 pub use members::keep_members;
 pub use server::{CniServer, Inputs};

@@ -9,6 +9,7 @@ mod hints;
 mod kubernetes;
 mod last_good;
 mod store;
+mod versions;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc};

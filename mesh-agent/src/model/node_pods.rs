@@ -19,6 +19,8 @@ pub struct NodePod {
     pub standing: Standing,
     /// What its annotation `nodemesh.io/status` says.
     pub shown: Option<String>,
+    /// What the node calls a static pod in place of its uid: in its cgroups, and towards the CNI plugin.
+    pub static_uid: Option<Arc<str>>,
 }
 
 /// Whether a pod is in the mesh.
