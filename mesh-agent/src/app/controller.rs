@@ -8,13 +8,13 @@ use anyhow::{Context, anyhow};
 
 use super::control_runtime;
 use super::upkeep::log_problems;
-use crate::admin::{bind, serve_metrics, serve_readiness};
+use crate::admin::{bind, serve_health, serve_metrics};
 use crate::api_server::ApiServer;
 use crate::config::{self, Source};
 use crate::controller;
 use crate::discovery;
 use crate::identity::{self, Ca, CaError, CaOptions, CaServerOptions, JoinTokens, TokenError, trusted_roots};
-use crate::lifecycle::{Readiness, Signals};
+use crate::lifecycle::{Liveness, Readiness, Signals};
 use crate::model::{SpiffeId, TrustDomain};
 use crate::telemetry::{Metrics, logging};
 use crate::translate::Settings;
@@ -87,6 +87,8 @@ async fn cluster_controller(config: config::Controller, kubernetes: config::Kube
         Err(e) => return Err(e.into()),
     };
     let readiness = Readiness::default();
+    let liveness = Liveness::default();
+    tokio::spawn(liveness.pulse("control").keep());
     let inputs = controller::Inputs {
         server,
         namespace: kubernetes.namespace,
@@ -109,7 +111,7 @@ async fn cluster_controller(config: config::Controller, kubernetes: config::Kube
     tokio::select! {
         biased;
         outcome = &mut serving => Ok(outcome?),
-        outcome = serve_readiness(readiness_listener, readiness) => Ok(outcome?),
+        outcome = serve_health(readiness_listener, readiness, liveness) => Ok(outcome?),
         outcome = serve_metrics(metrics_listener, Metrics::new()) => Ok(outcome?),
     }
 }

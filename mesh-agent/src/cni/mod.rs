@@ -15,11 +15,13 @@ pub mod plugin;
 mod protocol;
 mod server;
 mod spec;
+mod unjudged;
 
 pub use freshness::AskForNamespace;
 pub use install::{InstallError, Installer, Layout, uninstall};
 pub use members::keep_members;
 pub use server::{CniServer, Inputs};
+pub use unjudged::take_unjudged;
 
 /// The plugin's name: of its file, and of the type of its entry.
 pub const PLUGIN: &str = "mesh-cni";

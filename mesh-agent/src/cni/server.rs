@@ -9,6 +9,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::net::IpAddr;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -19,6 +20,7 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::net::unix::OwnedWriteHalf;
 use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until, timeout};
 
 use super::freshness::{AskForNamespace, Freshness};
@@ -26,7 +28,7 @@ use super::protocol::{Answer, Attachment, Command, MAX_LINE, Request, Said, VERS
 use crate::api_server::ApiError;
 use crate::discovery::Hints;
 use crate::enrollment::{NetnsId, Places, PodStatus};
-use crate::lifecycle::PrivateSocket;
+use crate::lifecycle::{KeptFile, PrivateSocket};
 use crate::model::{NodePod, NodePods, Standing};
 
 /// How long the watch may lag behind kubelet before the API server is asked.
@@ -87,29 +89,39 @@ struct Sandbox {
 }
 
 impl CniServer {
-    /// The node's lock is held: whoever had the socket before is gone, or leaves.
-    pub fn bind(path: &Path, inputs: Inputs) -> Result<Self, SocketError> {
-        let socket =
-            PrivateSocket::bind(path).map_err(|source| SocketError { path: path.display().to_string(), source })?;
+    /// The node's lock is held: whoever had the socket before is gone, or leaves. `handed` is what it has left of it.
+    pub fn bind(path: &Path, handed: Option<PrivateSocket>, inputs: Inputs) -> Result<Self, SocketError> {
+        let failed = |source| SocketError { path: path.display().to_string(), source };
+        let socket = match handed {
+            Some(socket) => socket,
+            None => PrivateSocket::bind(path).map_err(failed)?,
+        };
         Ok(Self {
             socket,
             desk: Arc::new(Desk { inputs, sandboxes: Mutex::default(), namespaces: Freshness::default() }),
         })
     }
 
-    /// Until it is dropped.
+    /// Another descriptor of the socket, for the next agent, and what keeps its file there.
+    pub fn to_hand_over(&self) -> io::Result<(OwnedFd, KeptFile)> {
+        Ok((self.socket.std().try_clone()?.into(), self.socket.kept()))
+    }
+
+    /// Until it is dropped. Questions that are open then end without an answer, so that the next agent is asked at once.
     pub async fn run(self) {
         let listener = match self.socket.listener() {
             Ok(listener) => listener,
             Err(e) => return tracing::error!("the CNI plugin's socket cannot be served: {e}"),
         };
         let places = Arc::new(Semaphore::new(AT_ONCE));
+        let mut questions = JoinSet::new();
         loop {
+            while questions.try_join_next().is_some() {}
             let Ok(place) = places.clone().acquire_owned().await else { return };
             match listener.accept().await {
                 Ok((stream, _)) => {
                     let desk = self.desk.clone();
-                    tokio::spawn(async move {
+                    questions.spawn(async move {
                         desk.serve(stream).await;
                         drop(place);
                     });

@@ -19,6 +19,8 @@ struct Agent {
     asked: mpsc::UnboundedReceiver<String>,
     /// What the pod turns out to be once its Namespace was read; nothing new where there is nothing.
     by_namespace: Arc<Mutex<Option<Standing>>>,
+    serving: tokio::task::JoinHandle<()>,
+    handed: (OwnedFd, KeptFile),
 }
 
 struct Plugin(BufReader<UnixStream>);
@@ -59,12 +61,13 @@ impl Agent {
         });
         let (places_too, hints) = (places.clone(), Hints::default());
         let inputs = Inputs { node_pods, statuses: told, places: places_too, hints, ask_for_pod, ask_for_namespace };
-        let server = CniServer::bind(&folder.path().join("cni.sock"), inputs).unwrap();
-        tokio::spawn(server.run());
+        let server = CniServer::bind(&folder.path().join("cni.sock"), None, inputs).unwrap();
+        let handed = server.to_hand_over().unwrap();
+        let serving = tokio::spawn(server.run());
         for name in ["netns", "netns-2"] {
             std::fs::write(folder.path().join(name), "").unwrap();
         }
-        Self { folder, pods, statuses, places, asked, by_namespace }
+        Self { folder, pods, statuses, places, asked, by_namespace, serving, handed }
     }
 
     fn attachment(&self, container: &str, netns: &str, uid: &str) -> Attachment {
@@ -165,6 +168,36 @@ async fn a_pod_of_the_mesh_waits_until_it_is_enrolled_where_it_is_now() {
         assert_eq!(agent.call(Command::Del { container: "c2".into() }).await.hears().await, Said::Done);
     }
     assert!(!agent.places.has_moved("u", agent.netns("netns")), "all is forgotten");
+}
+
+#[tokio::test]
+async fn an_agent_that_hands_over_ends_its_questions_and_the_next_one_has_its_socket() {
+    let agent = Agent::new(None);
+    agent.knows(Standing::Enabled);
+    let mut plugin = agent.add().await;
+    assert_eq!(plugin.hears().await, Said::Waiting);
+    let path = agent.folder.path().join("cni.sock");
+    let (fd, file) = agent.handed;
+    file.keep();
+    agent.serving.abort();
+    let mut rest = String::new();
+    assert_eq!(timeout(PATIENCE, plugin.0.read_line(&mut rest)).await.unwrap().unwrap(), 0, "its deadline is 60 s");
+    // Who asks now waits for the next agent, and is not refused.
+    let mut asks = UnixStream::connect(&path).await.unwrap();
+    asks.write_all(&line(&Request::new(Command::Del { container: "c".into() }))).await.unwrap();
+    let next = Agent::new(None);
+    let node_pods = next.pods.subscribe();
+    let inputs = Inputs {
+        node_pods,
+        statuses: next.statuses.subscribe(),
+        places: next.places.clone(),
+        hints: Hints::default(),
+        ask_for_pod: Box::new(|_, _| Box::pin(async { Ok(None) })),
+        ask_for_namespace: Box::new(|_| Box::pin(async { Ok(None) })),
+    };
+    let handed = PrivateSocket::handed_over(&path, fd.into()).unwrap();
+    tokio::spawn(CniServer::bind(&path, Some(handed), inputs).unwrap().run());
+    assert_eq!(Plugin(BufReader::new(asks)).hears().await, Said::Done);
 }
 
 #[tokio::test]
