@@ -11,13 +11,13 @@ use tokio::sync::watch;
 use super::control_runtime;
 use super::live::Follower;
 use super::upkeep::log_problems;
-use crate::admin::{bind, serve_metrics, serve_readiness};
+use crate::admin::{bind, serve_health, serve_metrics};
 use crate::api_server::ApiServer;
 use crate::config::{self, Live, Source};
 use crate::controller;
 use crate::discovery;
 use crate::identity::{self, Ca, CaError, CaOptions, CaServerOptions, JoinTokens, TokenError, trusted_roots};
-use crate::lifecycle::{Readiness, Signals};
+use crate::lifecycle::{Liveness, Readiness, Signals};
 use crate::model::{SpiffeId, TrustDomain};
 use crate::telemetry::{Metrics, logging};
 use crate::translate::Settings;
@@ -121,6 +121,8 @@ async fn cluster_controller(
         }),
     };
     tokio::spawn(follower.run());
+    let liveness = Liveness::default();
+    tokio::spawn(liveness.pulse("control").keep());
     let inputs = controller::Inputs {
         server,
         namespace: kubernetes.namespace,
@@ -143,7 +145,7 @@ async fn cluster_controller(
     tokio::select! {
         biased;
         outcome = &mut serving => Ok(outcome?),
-        outcome = serve_readiness(readiness_listener, readiness) => Ok(outcome?),
+        outcome = serve_health(readiness_listener, readiness, liveness) => Ok(outcome?),
         outcome = serve_metrics(metrics_listener, Metrics::new()) => Ok(outcome?),
     }
 }

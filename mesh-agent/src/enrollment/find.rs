@@ -7,8 +7,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::{fs, io};
 
+use tokio::sync::watch;
+
 use super::netns::NetnsId;
-use crate::model::Workload;
+use crate::model::{NodePods, Workload};
 
 /// Where network namespaces are mounted by name: paths there outlive any process of the pod.
 const NAMED: [&str; 2] = ["/run/netns", "/run/docker/netns"];
@@ -28,6 +30,8 @@ pub struct Processes {
     proc: PathBuf,
     /// What the CNI plugin has told, by the pod's uid.
     told: Mutex<HashMap<Arc<str>, (PathBuf, NetnsId)>>,
+    /// Knows which of them are static.
+    pods: watch::Receiver<Arc<NodePods>>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -83,8 +87,8 @@ impl Places {
 
 impl Processes {
     /// `proc` is where the node's /proc is mounted.
-    pub fn new(proc: &Path) -> Self {
-        Self { proc: proc.into(), told: Mutex::default() }
+    pub fn new(proc: &Path, pods: watch::Receiver<Arc<NodePods>>) -> Self {
+        Self { proc: proc.into(), told: Mutex::default(), pods }
     }
 
     fn tell(&self, uid: &str, path: &Path) -> io::Result<NetnsId> {
@@ -119,6 +123,8 @@ impl Processes {
         if let Some((path, _)) = told.filter(|(path, id)| NetnsId::of(path).is_ok_and(|now| now == *id)) {
             return Ok(path);
         }
+        let static_uid = self.pods.borrow().pods.get(uid).and_then(|pod| pod.static_uid.clone());
+        let uid = static_uid.as_deref().unwrap_or(uid);
         let process = self.oldest(uid)?.ok_or_else(|| FindError::NoProcess(self.proc.clone()))?;
         let netns = process.join("ns/net");
         Ok(named_like(&netns).unwrap_or(netns))
@@ -178,6 +184,7 @@ fn named_like(netns: &Path) -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::NodePod;
 
     const UID: &str = "3c1b8a52-1f0e-4a0d-9d3e-6d1f0c0a7b11";
 
@@ -196,7 +203,7 @@ mod tests {
         process(proc.path(), 50, &format!("12:cpu:/kubepods/besteffort/pod{UID}/abc\n0::/x\n"), 900);
         process(proc.path(), 70, &systemd, 800);
         process(proc.path(), 3, "0::/init.scope\n", 1);
-        let processes = Processes::new(proc.path());
+        let processes = Processes::new(proc.path(), watch::channel(Arc::default()).1);
         assert_eq!(processes.find(UID).unwrap(), proc.path().join("70/ns/net"));
         assert!(matches!(processes.find("other"), Err(FindError::NoProcess(_))));
         assert!(matches!(processes.find(""), Err(FindError::NoProcess(_))), "an empty uid is nobody's");
@@ -232,8 +239,21 @@ mod tests {
     }
 
     #[test]
+    fn a_static_pod_is_found_by_the_uid_that_the_kubelet_gives_it() {
+        const HASH: &str = "0123456789abcdef0123456789abcdef";
+        let proc = tempfile::tempdir().unwrap();
+        process(proc.path(), 50, &format!("0::/kubepods/pod{HASH}/abc\n"), 900);
+        let (tell, pods) = watch::channel(Arc::default());
+        let processes = Processes::new(proc.path(), pods);
+        assert!(matches!(processes.find(UID), Err(FindError::NoProcess(_))));
+        let pod = NodePod { static_uid: Some(HASH.into()), ..NodePod::default() };
+        tell.send_replace(Arc::new(NodePods { pods: [(UID.into(), pod)].into(), ..NodePods::default() }));
+        assert_eq!(processes.find(UID).unwrap(), proc.path().join("50/ns/net"));
+    }
+
+    #[test]
     fn a_path_of_the_node_is_seen_from_the_agents_container() {
-        let processes = Processes::new(Path::new("/host/proc"));
+        let processes = Processes::new(Path::new("/host/proc"), watch::channel(Arc::default()).1);
         for (path, seen) in [
             ("/var/run/netns/cni-1", "/run/netns/cni-1"),
             ("/run/netns/cni-1", "/run/netns/cni-1"),
@@ -248,7 +268,7 @@ mod tests {
         let proc = tempfile::tempdir().unwrap();
         let told = proc.path().join("netns");
         fs::write(&told, "").unwrap();
-        let processes = Processes::new(proc.path());
+        let processes = Processes::new(proc.path(), watch::channel(Arc::default()).1);
         let id = processes.tell(UID, &told).unwrap();
         assert_eq!(processes.find(UID).unwrap(), told);
         let other = proc.path().join("other");
