@@ -263,6 +263,7 @@ mod tests {
                 tokio::time::sleep(LOOK).await;
             }
         };
+        comes_back().await;
         for spoil in [
             (|path| fs::remove_file(path).unwrap()) as fn(&Path),
             |path| fs::write(path, "{").unwrap(),
