@@ -29,6 +29,8 @@ const LONGEST_MESSAGE: usize = 1000;
 const LONGEST_NAME: usize = 230;
 
 const ANNOTATION: &str = "nodemesh.io/status";
+/// The reason of the Event that tells of a wrong label.
+const LABEL: &str = "NodemeshLabel";
 
 /// One thing to be said about a pod.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,6 +51,8 @@ struct Board {
     not_before: HashMap<Arc<str>, Instant>,
     /// The last Event's message.
     told: HashMap<Arc<str>, String>,
+    /// The same of the label.
+    told_labels: HashMap<Arc<str>, String>,
     in_trouble_since: HashMap<Arc<str>, Instant>,
 }
 
@@ -98,6 +102,7 @@ impl Board {
         keep(&mut self.written, pods);
         keep(&mut self.not_before, pods);
         keep(&mut self.told, pods);
+        keep(&mut self.told_labels, pods);
         keep(&mut self.in_trouble_since, pods);
         let statuses: HashMap<&str, &PodStatus> = statuses.iter().map(|s| (s.uid.as_str(), s)).collect();
         let mut due = Vec::new();
@@ -125,6 +130,13 @@ impl Board {
             }
             if differs {
                 due.push((uid.clone(), Note::Status(wanted)));
+            }
+            match &pod.wrong_label {
+                Some(message) if self.told_labels.get(uid) != Some(message) => {
+                    due.push((uid.clone(), Note::Event { reason: LABEL, message: message.clone() }));
+                }
+                Some(_) => {}
+                None => drop(self.told_labels.remove(uid)),
             }
         }
         due
@@ -173,6 +185,9 @@ impl Board {
         match note {
             Note::Status(value) => {
                 self.written.insert(uid, (value, now));
+            }
+            Note::Event { reason: LABEL, message } => {
+                self.told_labels.insert(uid, message);
             }
             Note::Event { message, .. } => {
                 self.told.insert(uid, message);
@@ -229,7 +244,13 @@ mod tests {
     const WHY: &str = "a pod in the host's network cannot be in the mesh";
 
     fn pods(standing: Standing, shown: Option<&str>) -> NodePods {
-        let pod = NodePod { namespace: "shop".into(), name: "web".into(), standing, shown: shown.map(str::to_owned) };
+        let pod = NodePod {
+            namespace: "shop".into(),
+            name: "web".into(),
+            standing,
+            shown: shown.map(str::to_owned),
+            wrong_label: None,
+        };
         NodePods { pods: [("u".into(), pod)].into(), ..NodePods::default() }
     }
 
@@ -306,6 +327,21 @@ mod tests {
         due(&mut board, &pods, &status(true, None), later);
         assert!(due(&mut board, &pods, &failing, later).is_empty());
         assert_eq!(due(&mut board, &pods, &failing, later + PATIENCE), [note]);
+    }
+
+    #[test]
+    fn a_label_that_is_wrong_is_told_once() {
+        let (mut board, now) = (Board::default(), Instant::now());
+        let mut pods = pods(Standing::Outside, None);
+        let pod = pods.pods.get_mut("u").unwrap();
+        pod.wrong_label = Some("`on` is no mode".to_owned());
+        let notes = board.due(&pods, &[], now);
+        let said = Note::Event { reason: LABEL, message: "`on` is no mode".to_owned() };
+        assert_eq!(notes, [("u".into(), said.clone())]);
+        board.sent("u".into(), said, true, now);
+        assert_eq!(board.due(&pods, &[], now), []);
+        pods.pods.get_mut("u").unwrap().wrong_label = Some("`of` is no mode".to_owned());
+        assert_eq!(board.due(&pods, &[], now).len(), 1, "another value is news");
     }
 
     #[test]

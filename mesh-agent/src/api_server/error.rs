@@ -11,7 +11,9 @@ pub enum ApiError {
     Kubeconfig { path: Option<PathBuf>, why: String },
     #[error("cannot reach the API server {url}: {why}; check that it runs and that this machine may connect to it")]
     Unreachable { url: String, why: String },
-    #[error("the API server does not know who we are ({why}); renew the credentials in your kubeconfig; those of a pod are renewed by kubelet")]
+    #[error(
+        "the API server does not know who we are ({why}); renew the credentials in your kubeconfig; those of a pod are renewed by kubelet"
+    )]
     Unauthorized { why: String },
     /// `why` is Kubernetes's own sentence, which names the verb, the kind and the user.
     #[error("the API server does not allow it: {why}; ask for that right")]

@@ -19,6 +19,8 @@ pub struct NodePod {
     pub standing: Standing,
     /// What its annotation `nodemesh.io/status` says.
     pub shown: Option<String>,
+    /// What is wrong with its label, which is passed over for that: one sentence.
+    pub wrong_label: Option<String>,
 }
 
 /// Whether a pod is in the mesh.

@@ -11,7 +11,7 @@ use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::kubernetes::{self, Mode};
+use super::kubernetes::{self, MODE, Mode};
 use super::mesh::{Changes, Classes, Surroundings};
 use super::report::Labels;
 use super::texts::{ByName, Kin, Name, Texts};
@@ -396,7 +396,14 @@ impl Pods {
                 Membership { .. } => Standing::Unclear,
             };
             let shown = pod.own.as_ref().and_then(|own| own.shown.clone());
-            let known = NodePod { namespace: pod.namespace.clone(), name: pod.name.clone(), standing, shown };
+            let label = pod.own.as_ref().filter(|_| pod.mode.is_wrong()).and_then(|own| own.labels.get(MODE));
+            let wrong_label = label.map(|value| {
+                format!(
+                    "its label {MODE}: `{value}` is no mode, so the pod follows its namespace: use enabled or disabled"
+                )
+            });
+            let (namespace, name) = (pod.namespace.clone(), pod.name.clone());
+            let known = NodePod { namespace, name, standing, shown, wrong_label };
             (pod.uid.clone(), known)
         };
         of_node.filter(|pod| pod.node == *node && !pod.ended).map(told).collect()

@@ -82,7 +82,7 @@ impl Agent {
     }
 
     fn knows(&self, standing: Standing) {
-        let pod = NodePod { namespace: "shop".into(), name: "web".into(), standing, shown: None };
+        let pod = NodePod { namespace: "shop".into(), name: "web".into(), standing, ..NodePod::default() };
         self.pods.send_replace(Arc::new(NodePods { pods: [("u".into(), pod)].into(), ..NodePods::default() }));
     }
 
