@@ -34,6 +34,8 @@ const UNJUDGED: &str = "the pod started while no agent of nodemesh ran on its no
     pod anew where that matters";
 
 const ANNOTATION: &str = "nodemesh.io/status";
+/// The reason of the Event that tells of a wrong label.
+const LABEL: &str = "NodemeshLabel";
 
 /// One thing to be said about a pod.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,6 +56,8 @@ struct Board {
     not_before: HashMap<Arc<str>, Instant>,
     /// The last Event's message.
     told: HashMap<Arc<str>, String>,
+    /// The same of the label.
+    told_labels: HashMap<Arc<str>, String>,
     in_trouble_since: HashMap<Arc<str>, Instant>,
     /// Pods that started while nobody could say whether they are in the mesh.
     unjudged: Vec<Unjudged>,
@@ -106,6 +110,7 @@ impl Board {
         keep(&mut self.written, pods);
         keep(&mut self.not_before, pods);
         keep(&mut self.told, pods);
+        keep(&mut self.told_labels, pods);
         keep(&mut self.in_trouble_since, pods);
         let statuses: HashMap<&str, &PodStatus> = statuses.iter().map(|s| (s.uid.as_str(), s)).collect();
         let mut due = Vec::new();
@@ -136,6 +141,13 @@ impl Board {
             }
             if differs {
                 due.push((uid.clone(), Note::Status(wanted)));
+            }
+            match &pod.wrong_label {
+                Some(message) if self.told_labels.get(uid) != Some(message) => {
+                    due.push((uid.clone(), Note::Event { reason: LABEL, message: message.clone() }));
+                }
+                Some(_) => {}
+                None => drop(self.told_labels.remove(uid)),
             }
         }
         due
@@ -187,6 +199,9 @@ impl Board {
             }
             Note::Event { message, .. } if message == UNJUDGED => {
                 self.unjudged.retain(|unjudged| !unjudged.is(uid, pod));
+            }
+            Note::Event { reason: LABEL, message } => {
+                self.told_labels.insert(uid.clone(), message);
             }
             Note::Event { message, .. } => {
                 self.told.insert(uid.clone(), message);
@@ -262,9 +277,13 @@ mod tests {
     const WHY: &str = "a pod in the host's network cannot be in the mesh";
 
     fn pods(standing: Standing, shown: Option<&str>) -> NodePods {
-        let shown = shown.map(str::to_owned);
-        let (namespace, name) = ("shop".into(), "web".into());
-        let pod = NodePod { namespace, name, standing, shown, static_uid: None };
+        let pod = NodePod {
+            namespace: "shop".into(),
+            name: "web".into(),
+            standing,
+            shown: shown.map(str::to_owned),
+            ..NodePod::default()
+        };
         NodePods { pods: [("u".into(), pod)].into(), ..NodePods::default() }
     }
 
@@ -354,6 +373,21 @@ mod tests {
         assert_eq!(due(&mut board, &pods, &in_mesh, now), std::slice::from_ref(&note));
         board.sent(&"u".into(), &pods.pods["u"], note, true, now);
         assert!(due(&mut board, &pods, &in_mesh, now).is_empty(), "once");
+    }
+
+    #[test]
+    fn a_label_that_is_wrong_is_told_once() {
+        let (mut board, now) = (Board::default(), Instant::now());
+        let mut pods = pods(Standing::Outside, None);
+        let pod = pods.pods.get_mut("u").unwrap();
+        pod.wrong_label = Some("`on` is no mode".to_owned());
+        let notes = due(&mut board, &pods, &[], now);
+        let said = Note::Event { reason: LABEL, message: "`on` is no mode".to_owned() };
+        assert_eq!(notes, [("u".into(), said.clone())]);
+        board.sent(&"u".into(), &pods.pods["u"], said, true, now);
+        assert_eq!(due(&mut board, &pods, &[], now), []);
+        pods.pods.get_mut("u").unwrap().wrong_label = Some("`of` is no mode".to_owned());
+        assert_eq!(due(&mut board, &pods, &[], now).len(), 1, "another value is news");
     }
 
     #[test]

@@ -133,12 +133,17 @@ impl Place {
 
     /// Keeps `ca` equal to the Secret. What is broken, or gone, leaves it as it is.
     pub async fn keep(&self, ca: &Ca, mut seen: watch::Receiver<Seen>) -> Infallible {
-        let mut said = Said::default();
+        let (mut said, mut wrong) = (Said::default(), false);
         loop {
-            if seen.changed().await.is_err() {
-                std::future::pending::<Infallible>().await;
+            tokio::select! {
+                changed = seen.changed() => if changed.is_err() {
+                    std::future::pending::<Infallible>().await;
+                },
+                // It may only not be valid yet.
+                () = tokio::time::sleep(LOOK), if wrong => {}
             }
             let now = seen.borrow_and_update().clone();
+            wrong = false;
             match now {
                 Some(Some(held)) => match ca.take(&held.document) {
                     Ok(()) => {
@@ -146,6 +151,7 @@ impl Place {
                         said.clear();
                     }
                     Err(e) => {
+                        wrong = true;
                         let sentence = format!("the CA signs on as before, for what was changed is wrong: {e}");
                         self.refuse(&held, &sentence, &mut said).await;
                     }

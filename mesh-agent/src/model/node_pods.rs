@@ -23,6 +23,8 @@ pub struct NodePod {
     pub shown: Option<String>,
     /// What the node calls a static pod in place of its uid: in its cgroups, and towards the CNI plugin.
     pub static_uid: Option<Arc<str>>,
+    /// What is wrong with its label, which is passed over for that: one sentence.
+    pub wrong_label: Option<String>,
 }
 
 /// Whether a pod is in the mesh.

@@ -11,7 +11,7 @@ use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::kubernetes::{self, Mode};
+use super::kubernetes::{self, MODE, Mode};
 use super::mesh::{Changes, Classes, Surroundings};
 use super::report::Labels;
 use super::texts::{ByName, Kin, Name, Texts};
@@ -398,11 +398,18 @@ impl Pods {
                 Membership { .. } => Standing::Unclear,
             };
             let own = pod.own.as_ref();
+            let label = own.filter(|_| pod.mode.is_wrong()).and_then(|own| own.labels.get(MODE));
+            let wrong_label = label.map(|value| {
+                format!(
+                    "its label {MODE}: `{value}` is no mode, so the pod follows its namespace: use enabled or disabled"
+                )
+            });
             let known = NodePod {
                 namespace: pod.namespace.clone(),
                 name: pod.name.clone(),
                 standing,
                 shown: own.and_then(|own| own.shown.clone()),
+                wrong_label,
                 static_uid: own.and_then(|own| own.static_uid.clone()),
             };
             (pod.uid.clone(), known)

@@ -172,6 +172,13 @@ pub fn what_is_wrong_is_refused_in_a_sentence(stage: &Stage) {
         format!("apiVersion: v1\nkind: Namespace\nmetadata: {{name: {NS}, labels: {{nodemesh.io/mode: \"on\"}}}}\n");
     let said = refused(&wrong);
     assert!(said.contains("`on` is no mode: use enabled or disabled"), "{said}");
+    // A pod with a wrong label starts, as its namespace has it; whoever looks at it sees why.
+    let odd = peer(NS, "odd", "n1", &["keep", "127.0.0.1:0"]);
+    kube.apply(&odd.replace("{app: odd}", "{app: odd, nodemesh.io/mode: \"on\"}"));
+    kube.eventually("an Event tells of the label", || {
+        let fields = "reason=NodemeshLabel,involvedObject.name=odd";
+        kube.kubectl(&["-n", NS, "get", "events", "--field-selector", fields]).out.contains("use enabled or disabled")
+    });
     kube.apply(&policy("{action: DENY, rules: [{from: [{source: {namespaces: [other]}}]}]}"));
     kube.eventually("the policy shows that it is in force", || {
         let object = kube.get(&["-n", NS, "authorizationpolicy", "p"]);
