@@ -214,6 +214,7 @@ async fn node(
             namespace: kubernetes.namespace.clone(),
             live,
             node: present.clone(),
+            pen: pen.clone(),
             apply: Box::new(move |node, problems| {
                 if log.get() != node.logging.filter
                     && let Err(e) = log.set(&node.logging.filter)
