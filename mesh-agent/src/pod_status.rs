@@ -383,7 +383,7 @@ mod tests {
         pod.wrong_label = Some("`on` is no mode".to_owned());
         let notes = due(&mut board, &pods, &[], now);
         let said = Note::Event { reason: LABEL, message: "`on` is no mode".to_owned() };
-        assert_eq!(notes, [("u".into(), said.clone())]);
+        assert_eq!(notes, std::slice::from_ref(&said));
         board.sent(&"u".into(), &pods.pods["u"], said, true, now);
         assert_eq!(due(&mut board, &pods, &[], now), []);
         pods.pods.get_mut("u").unwrap().wrong_label = Some("`of` is no mode".to_owned());
