@@ -9,6 +9,7 @@
 mod conflist;
 mod install;
 mod json;
+mod look;
 mod members;
 pub mod plugin;
 mod protocol;
@@ -16,6 +17,7 @@ mod server;
 mod spec;
 
 pub use install::{InstallError, Installer, Layout, uninstall};
+pub use look::{CniFacts, Configuration, look};
 pub use members::keep_members;
 pub use server::{CniServer, Inputs};
 

@@ -65,6 +65,29 @@ pub(super) async fn apply(server: &ApiServer, object: &Value, dry_run: bool) -> 
     })
 }
 
+/// Kinds into which a user's values go.
+const BY_VALUES: [&str; 5] = ["ConfigMap", "Service", "PodDisruptionBudget", "Deployment", "DaemonSet"];
+
+/// Whether the API server takes the objects that values make: what it refuses must not be found out half way. The namespace
+/// must be there.
+pub(super) async fn trial(server: &ApiServer, objects: &[Value]) -> anyhow::Result<()> {
+    for object in objects.iter().filter(|o| BY_VALUES.iter().any(|kind| o["kind"] == *kind)) {
+        let (kind, space, name) = (kind_of(object)?, namespace(object), name(object));
+        match server.apply(kind, space, name, "", object, MANAGER, true).await {
+            Err(ApiError::Refused { why, .. }) => {
+                let why = why.trim_end_matches('.');
+                return Err(Failure::usage(format!(
+                    "nothing was installed, since the API server refuses the {}: {why}; correct that value",
+                    title(object)
+                ))
+                .into());
+            }
+            tried => drop(tried?),
+        }
+    }
+    Ok(())
+}
+
 /// Says what was done, a line for each object that is another now.
 pub(super) async fn apply_all(
     server: &ApiServer,
