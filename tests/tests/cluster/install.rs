@@ -83,14 +83,14 @@ fn bad_values(stage: &Stage) {
         ("agent.resources.requests.cpu=lots", "quantities"),
         ("agent.updateStrategy.rollingUpdate.maxSurge=x", "maxSurge"),
     ] {
-        let wrong = kube.meshctl(&stage.install_with(&["--set", value, "--set", "settings.accessLog=off"])).failure();
+        let wrong = kube.meshctl(&stage.install_with(&["--set", value, "--set", "settings.accessLog=json"])).failure();
         assert!(wrong.contains("refuses the DaemonSet nodemesh-agent") && wrong.contains(word), "{wrong}");
         let settings = kube.get(&["-n", MESH, "configmap", "nodemesh"])["data"].to_string();
-        assert!(!settings.contains("accessLog"), "half of it was installed: {settings}");
+        assert!(!settings.contains("json"), "half of it was installed: {settings}");
     }
     // An image that does not run is found out before anything was changed.
     let wrong = kube.meshctl(&stage.install_with(&["--set", "image.tag=nowhere"])).failure();
-    assert!(wrong.contains("the new image does not fit node") && wrong.contains("ErrImageNeverPull"), "{wrong}");
+    assert!(wrong.contains("the new image does not run on node") && wrong.contains("ErrImageNeverPull"), "{wrong}");
     let agent = kube.get(&["-n", MESH, "daemonset", "nodemesh-agent"])["spec"]["template"].to_string();
     assert!(!agent.contains("nowhere"), "{agent}");
     // A label that means nothing.

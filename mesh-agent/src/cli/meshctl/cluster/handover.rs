@@ -39,7 +39,9 @@ pub(super) async fn judge(
     let coming = match check::try_out(server, mesh, &new["spec"]["template"], node).await? {
         Ok(facts) => facts.handover,
         Err(why) => {
-            let text = format!("nothing was changed, since the new image does not fit node {node}: {why}");
+            let text = format!(
+                "nothing was changed, since the new image does not run on node {node}: {why}; mend that, then run this again"
+            );
             return Err(Failure::unavailable(text).into());
         }
     };

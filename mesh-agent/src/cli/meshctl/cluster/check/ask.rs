@@ -181,10 +181,10 @@ async fn by_pod(
             None => unmountable(server, space, name(&pod)).await?,
         };
         match why {
-            Some(why) => return Ok(Err(format!("it cannot be looked at: {why}; mend it, as an agent needs the same"))),
+            Some(why) => return Ok(Err(why)),
             None if start.elapsed() > LIMIT => {
                 let limit = LIMIT.as_secs();
-                return Ok(Err(format!("it cannot be looked at: no pod has run there within {limit} s; is it Ready?")));
+                return Ok(Err(format!("no pod has run there within {limit} s")));
             }
             None => tokio::time::sleep(POLL).await,
         }

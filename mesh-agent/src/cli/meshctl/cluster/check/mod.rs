@@ -151,7 +151,9 @@ impl Looked<'_> {
             .into_iter()
             .flat_map(|(name, told)| match told {
                 Ok(told) => node::judge(&told, &places, installed, roots),
-                Err(why) => vec![wrong(why).on(&name)],
+                Err(why) => {
+                    vec![wrong(format!("it cannot be looked at: {why}; mend it, as an agent needs the same")).on(&name)]
+                }
             })
             .collect())
     }
