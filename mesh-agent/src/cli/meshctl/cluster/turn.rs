@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 
-use super::Access;
+use super::{Access, check};
 use crate::api_server::{ApiError, ApiServer, Kind, ServerClock};
 use crate::cli::exit::Failure;
 use crate::cli::meshctl::layout::age;
@@ -67,10 +67,15 @@ impl Turn {
         let result = tokio::select! {
             result = work => result,
             lost = self.hold() => Err(lost.into()),
-            stop = signals.recv() => Err(Failure::unavailable(format!(
-                "stopped by {}; what was done stays, and what the cluster has begun goes on: run this again to end it",
-                stop.name()
-            )).into()),
+            stop = signals.recv() => {
+                // The work was dropped in the middle, perhaps while a pod of its looked at a node.
+                check::forget(&self.server, &self.namespace).await?;
+                Err(Failure::unavailable(format!(
+                    "stopped by {}; what was done stays, and what the cluster has begun goes on: run this again to end it",
+                    stop.name()
+                ))
+                .into())
+            }
         };
         let given_back = self.server.delete(&Kind::LEASE, &self.namespace, LEASE).await;
         match (result, given_back) {

@@ -140,6 +140,14 @@ async fn gone(server: &ApiServer) -> Result<(), ApiError> {
     Ok(())
 }
 
+/// Pods of a look that was cut off in the middle.
+pub(in crate::cli::meshctl::cluster) async fn forget(server: &ApiServer, space: &str) -> Result<(), ApiError> {
+    for pod in server.list(&Kind::POD, Some(space), &format!("app={CHECK}")).await? {
+        server.end_pod(space, name(&pod), 0).await?;
+    }
+    Ok(())
+}
+
 /// What a node has told in its pod. The inner error is of that node alone.
 async fn by_pod(
     server: &ApiServer,

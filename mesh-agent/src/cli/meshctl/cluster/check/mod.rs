@@ -15,6 +15,7 @@ use std::time::{Instant, SystemTime};
 
 use serde_json::Value;
 
+pub(super) use self::ask::forget;
 use self::finding::{Finding, Level, fine, gathered, print, skipped, unless_forbidden, warning, wrong};
 use super::install::{installed_in, recorded, rendered};
 use super::{Access, objects};
