@@ -10,6 +10,7 @@ mod conflist;
 mod freshness;
 mod install;
 mod json;
+mod look;
 mod members;
 pub mod plugin;
 mod protocol;
@@ -19,6 +20,7 @@ mod unjudged;
 
 pub use freshness::AskForNamespace;
 pub use install::{InstallError, Installer, Layout, uninstall};
+pub use look::{CniFacts, Configuration, look};
 pub use members::keep_members;
 pub use server::{CniServer, Inputs};
 pub use unjudged::take_unjudged;

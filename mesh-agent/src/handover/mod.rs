@@ -19,6 +19,7 @@ pub use give::{Given, Giver, Successor, serve};
 pub use own::{Named, Own, OwnError};
 pub use stand_by::{Turn, TurnError};
 pub use take::{Predecessor, TakeError, Taken, find};
+pub use wire::PROTOCOL;
 
 /// For an answer that only needs the other process to run.
 const ANSWER: Duration = Duration::from_secs(10);

@@ -80,10 +80,11 @@ pub fn accounts_may_do_what_is_written_and_no_more(stage: &Stage) {
 fn token_of_agent(stage: &Stage, node: &str, audience: &[&str]) -> String {
     let kube = &stage.kube;
     let fields = format!("spec.nodeName={node}");
-    let path = "jsonpath={.items[0].metadata.name}";
-    let pod = kube
-        .kubectl(&["-n", MESH, "get", "pods", "-l", "app=nodemesh-agent", "--field-selector", &fields, "-o", path])
-        .success();
+    let pods = kube.get(&["-n", MESH, "pods", "-l", "app=nodemesh-agent", "--field-selector", &fields]);
+    // One that drains has a token no more.
+    let serves = |pod: &&Value| pod["metadata"]["deletionTimestamp"].is_null();
+    let pod = pods["items"].as_array().and_then(|all| all.iter().find(serves)).expect("an agent serves the node");
+    let pod = pod["metadata"]["name"].as_str().expect("a pod has a name").to_owned();
     let mut args = vec![
         "-n",
         MESH,

@@ -129,8 +129,9 @@ pub fn probes_of_all_kinds_pass_under_strict(stage: &Stage) {
     stage.namespace(NS, true);
     kube.apply(&strict(NS));
     let both = |probe: &str| {
-        let probe = format!("{{{probe}, periodSeconds: 1, failureThreshold: 2}}");
-        format!("    readinessProbe: {probe}\n    livenessProbe: {probe}\n")
+        let of = |failures: u32| format!("{{{probe}, periodSeconds: 1, failureThreshold: {failures}}}");
+        // A server that is slow to start on a busy machine is no probe that was refused.
+        format!("    startupProbe: {}\n    readinessProbe: {}\n    livenessProbe: {}\n", of(60), of(2), of(2))
     };
     let http = ["netexec", "--http-port=8080"];
     let mut pods = String::new();

@@ -251,6 +251,20 @@ fn an_agent_with_a_ca_of_its_own_takes_nothing_over() {
 }
 
 #[test]
+fn facts_are_told_whatever_the_settings_file_says() {
+    let Wish::Facts(config) = wish("node --settings /nowhere --facts --node-name b --source kubernetes", &[]).unwrap()
+    else {
+        panic!("facts were asked for");
+    };
+    assert_eq!(config.node_name, "b");
+    let Wish::Cleanup(_, folders) = wish("node --cleanup --remove-folder /a --remove-folder /b", &[]).unwrap() else {
+        panic!("a clean-up was asked for");
+    };
+    assert_eq!(folders, [PathBuf::from("/a"), PathBuf::from("/b")]);
+    assert!(wish("node --remove-folder /a", &[]).is_err(), "an agent that serves removes nothing");
+}
+
+#[test]
 fn cleanup_needs_neither_a_ca_nor_manifests() {
     let expected = Cleanup {
         node_name: "b".to_owned(),
@@ -261,7 +275,7 @@ fn cleanup_needs_neither_a_ca_nor_manifests() {
         cni: None,
         logging: Logging { filter: "info".to_owned(), format: LogFormat::Text },
     };
-    assert_eq!(wish("node --cleanup --node-name b", &[]).unwrap(), Wish::Cleanup(expected));
+    assert_eq!(wish("node --cleanup --node-name b", &[]).unwrap(), Wish::Cleanup(expected, Vec::new()));
 }
 
 #[test]
