@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::net::TcpListener;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use arc_swap::{ArcSwap, ArcSwapOption};
 use serde::{Deserialize, Serialize};
@@ -21,6 +21,10 @@ use crate::redirect::{PodEntry, Redirect, RedirectError};
 
 /// How often what failed is tried again, vanished namespaces are looked for and old connections are counted.
 const TICK: Duration = Duration::from_secs(1);
+
+/// For so long a pod that has left by its label still accepts: what was on its way through the mesh, and what comes from
+/// agents that have not heard of it. By mutual TLS and judged as before; from the pod itself only what the kernel had taken.
+const GRACE: Duration = Duration::from_secs(2);
 
 /// A pod of this node with its listeners.
 #[derive(Debug)]
@@ -127,6 +131,14 @@ pub struct Enrollment {
     freeze: CancellationToken,
     /// Another agent has the pods.
     yielded: bool,
+    /// Those that left by their label a moment ago, by uid; the kernel has let them go.
+    leaving: BTreeMap<Arc<str>, Leaving>,
+}
+
+/// A pod that still accepts.
+struct Leaving {
+    pod: Arc<EnrolledPod>,
+    until: Instant,
 }
 
 /// Told when the pods that were there at the start have been taken in, or have failed.
@@ -190,6 +202,7 @@ impl Enrollment {
             order,
             freeze: CancellationToken::new(),
             yielded: false,
+            leaving: BTreeMap::new(),
         }
     }
 
@@ -283,13 +296,14 @@ impl Enrollment {
     }
 
     /// Starts what is missing, lets go what is not wanted.
-    fn reconcile(&self, pods: &mut BTreeMap<Arc<str>, Pod>, joining: &mut JoinSet<Joined>) {
+    fn reconcile(&mut self, pods: &mut BTreeMap<Arc<str>, Pod>, joining: &mut JoinSet<Joined>) {
         let snapshot = self.inputs.snapshot.load_full();
         let wanted: BTreeMap<Arc<str>, Arc<Workload>> =
             snapshot.judged().filter(|w| self.is_wanted(w)).map(|w| (w.uid.clone(), w.clone())).collect();
         // A sandbox that was made anew: the old one's end may still go on, or is not noticed yet.
+        let places = self.inputs.places.clone();
         let moved = |uid: &str, pod: &Pod| match &pod.state {
-            State::Enrolled { pod, .. } => self.inputs.places.has_moved(uid, pod.netns.id()),
+            State::Enrolled { pod, .. } => places.has_moved(uid, pod.netns.id()),
             State::Joining(_) | State::Failed(_) | State::Due(_) => false,
         };
         let leaving: Vec<Arc<str>> = pods
@@ -318,11 +332,28 @@ impl Enrollment {
                 Some(State::Due(problem)) => Some(problem.clone()),
                 Some(State::Joining(_) | State::Failed(_) | State::Enrolled { .. }) => continue,
             };
+            let leaving = self.leaving.remove(&uid).and_then(|leaving| self.may_come_back(&workload, leaving));
             let Inputs { redirect, certificates, places, .. } = &self.inputs;
             let (redirect, certificates, places) = (redirect.clone(), certificates.clone(), places.clone());
+            if let Some(pod) = leaving {
+                joining.spawn(come_back(workload.clone(), pod, redirect));
+                pods.insert(uid, Pod { workload, state: State::Joining(before) });
+                continue;
+            }
             joining.spawn(join(workload.clone(), redirect, certificates, places, self.freeze.clone()));
             pods.insert(uid, Pod { workload, state: State::Joining(before) });
         }
+    }
+
+    /// A pod whose label is back before it has left whole: it keeps its listeners, and nobody is refused.
+    fn may_come_back(&self, workload: &Workload, leaving: Leaving) -> Option<Arc<EnrolledPod>> {
+        let Leaving { pod, .. } = leaving;
+        let moved = self.inputs.places.has_moved(&workload.uid, pod.netns.id());
+        if same_place(workload, &pod.workload) && !moved && pod.netns.is_there() {
+            return Some(pod);
+        }
+        self.part(&pod, true);
+        None
     }
 
     fn joined(
@@ -343,6 +374,8 @@ impl Enrollment {
                 let before = pods.get(&workload.uid).map(|pod| &pod.state);
                 // Said once, not each second.
                 let is_known = matches!(before, Some(State::Joining(Some(said))) if *said == problem);
+                // One that was about to come back may still accept.
+                (self.inputs.events)(PodEvent::Left { uid: workload.uid.clone(), gone: false });
                 if !is_known && !matches!(e, JoinError::Frozen) {
                     tracing::warn!(pod = name, "cannot enrol: {problem}; it is tried again each second");
                 }
@@ -352,7 +385,7 @@ impl Enrollment {
         pods.insert(workload.uid.clone(), Pod { workload, state });
     }
 
-    pub(super) fn leave(&self, pods: &BTreeMap<Arc<str>, Pod>, pod: Pod, gone: bool) {
+    pub(super) fn leave(&mut self, pods: &BTreeMap<Arc<str>, Pod>, pod: Pod, gone: bool) {
         let Pod { workload, state } = pod;
         if let State::Enrolled { .. } = state
             && self.yielded
@@ -362,23 +395,56 @@ impl Enrollment {
             if let Err(e) = self.inputs.redirect.unenroll(pod.netns.cookie()) {
                 tracing::error!(pod = %workload.name, "cannot take the pod out of the kernel's maps: {e}");
             }
-            (self.inputs.events)(PodEvent::Left { uid: workload.uid.clone(), gone });
-            pod.stop_listening();
-            if !gone {
-                // Connections that go on need the way back; it is taken away when they have ended.
-                routes::unwanted(&pod.netns);
-                tokio::task::spawn(restore_when_quiet(pod.netns.clone(), self.inputs.redirect.clone()));
+            if gone {
+                self.part(&pod, true);
+            } else {
+                self.leaving.insert(workload.uid.clone(), Leaving { pod, until: Instant::now() + GRACE });
             }
             tracing::info!(pod = %format!("{}/{}", workload.namespace, workload.name), gone, "left the mesh");
         }
-        let still_used = |id: &SpiffeId| pods.values().any(|p| p.workload.identity == *id);
-        if !still_used(&workload.identity) {
-            self.inputs.certificates.release(&workload.identity);
+        self.release(pods, &workload.identity);
+    }
+
+    /// The pod accepts no more.
+    fn part(&self, pod: &EnrolledPod, gone: bool) {
+        (self.inputs.events)(PodEvent::Left { uid: pod.workload.uid.clone(), gone });
+        if self.yielded {
+            return;
+        }
+        pod.stop_listening();
+        if !gone {
+            // Connections that go on need the way back; it is taken away when they have ended.
+            routes::unwanted(&pod.netns);
+            tokio::task::spawn(restore_when_quiet(pod.netns.clone(), self.inputs.redirect.clone()));
+        }
+    }
+
+    /// Lets go of a certificate that no pod has any more.
+    fn release(&self, pods: &BTreeMap<Arc<str>, Pod>, identity: &SpiffeId) {
+        let leaving = self.leaving.values().map(|leaving| &leaving.pod.workload);
+        if !pods.values().map(|pod| &pod.workload).chain(leaving).any(|w| w.identity == *identity) {
+            self.inputs.certificates.release(identity);
+        }
+    }
+
+    /// Ends the grace of those whose time is over, or that are gone.
+    fn end_grace(&mut self, pods: &BTreeMap<Arc<str>, Pod>) {
+        let snapshot = self.inputs.snapshot.load_full();
+        let is_gone = |pod: &EnrolledPod| {
+            let known = snapshot.workload(&pod.workload.uid);
+            !pod.netns.is_there() || !known.is_some_and(|w| same_place(w, &pod.workload))
+        };
+        let now = Instant::now();
+        let over: Vec<_> = self.leaving.extract_if(.., |_, l| now >= l.until || is_gone(&l.pod)).collect();
+        for (_, Leaving { pod, .. }) in over {
+            self.part(&pod, is_gone(&pod));
+            self.release(pods, &pod.workload.identity);
         }
     }
 
     /// Each second: failed pods get another chance, vanished namespaces are let go, old connections are counted.
-    fn look_after(&self, pods: &mut BTreeMap<Arc<str>, Pod>) {
+    fn look_after(&mut self, pods: &mut BTreeMap<Arc<str>, Pod>) {
+        self.end_grace(pods);
         let mut lost = Vec::new();
         for (uid, pod) in pods.iter_mut() {
             match &mut pod.state {
@@ -453,6 +519,25 @@ impl Enrollment {
             new
         });
     }
+}
+
+/// Takes a pod in again that has not left whole: its listeners go into the kernel's tables once more.
+async fn come_back(workload: Arc<Workload>, pod: Arc<EnrolledPod>, redirect: Arc<Redirect>) -> Joined {
+    let again = workload.clone();
+    let back = tokio::task::spawn_blocking(move || {
+        let result = pod.listeners().ok_or(JoinError::Frozen).and_then(|listeners| {
+            super::handed::refresh(&again, &pod.netns, &listeners, &redirect)?;
+            let legacy = legacy::established(&pod.netns).map_err(JoinError::Legacy)?;
+            Ok((Arc::new(EnrolledPod::new(again, pod.netns.clone(), listeners)), legacy))
+        });
+        if result.is_err() {
+            // Whoever takes it in anew finds the ports free.
+            pod.stop_listening();
+        }
+        result
+    });
+    let result = back.await.unwrap_or_else(|e| Err(JoinError::Legacy(std::io::Error::other(e))));
+    (workload, result)
 }
 
 /// Takes a pod in: certificate, namespace, listeners, kernel; the kernel starts to redirect last.

@@ -142,11 +142,16 @@ async fn main(worker: Rc<Worker>, mut events: mpsc::UnboundedReceiver<Event>, mu
                 None | Some(Event::Stop) => return,
                 Some(Event::Joined(pod)) => {
                     let uid = pod.pod.workload.uid.clone();
+                    // A pod that has come back keeps its listeners: whoever waited at them has to let go first.
+                    for task in accepting.remove(&uid).into_iter().flatten() {
+                        task.abort();
+                        let _ = task.await;
+                    }
                     let gates = [Gate::Outbound, Gate::Plain, Gate::Tls];
                     let tasks = gates.map(|gate| {
                         tokio::task::spawn_local(accept::run(worker.clone(), pod.clone(), gate))
                     });
-                    stop(accepting.insert(uid, tasks.into()));
+                    accepting.insert(uid, tasks.into());
                 }
                 Some(Event::Left { uid }) => stop(accepting.remove(&uid)),
                 Some(Event::Accepted { pod, gate, socket, peer }) => begin(&worker, pod, gate, socket, peer),
