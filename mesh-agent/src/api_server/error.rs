@@ -1,6 +1,6 @@
 //! What can go wrong with the API server: one sentence each, with the next step.
 
-use std::error::Error as _;
+use std::error::Error;
 use std::path::PathBuf;
 
 #[derive(Debug, thiserror::Error)]
@@ -15,7 +15,9 @@ pub enum ApiError {
         "cannot trust the API server {url}: {why}; correct its certificate-authority in the kubeconfig, or its address"
     )]
     Untrusted { url: String, why: String },
-    #[error("the API server does not know who we are ({why}); renew the credentials in your kubeconfig")]
+    #[error(
+        "the API server does not know who we are ({why}); renew the credentials in your kubeconfig; those of a pod are renewed by kubelet"
+    )]
     Unauthorized { why: String },
     /// `why` is Kubernetes's own sentence, which names the verb, the kind and the user.
     #[error("the API server does not allow it: {why}; ask for that right")]
@@ -49,6 +51,8 @@ impl ApiError {
                     _ => Self::Refused { what, why },
                 }
             }
+            // The token's file is read again before a request: what is wrong with it comes as an error of the connection.
+            e if is_of_auth(&e) => Self::Unauthorized { why: format!("the token cannot be sent: {}", root_cause(&e)) },
             e @ (kube::Error::HyperError(_)
             | kube::Error::Service(_)
             | kube::Error::ReadEvents(_)
@@ -72,6 +76,17 @@ impl ApiError {
     pub fn is_temporary(&self) -> bool {
         matches!(self, Self::Unreachable { .. } | Self::Untrusted { .. })
     }
+}
+
+fn is_of_auth(error: &kube::Error) -> bool {
+    let mut next: Option<&(dyn Error + 'static)> = Some(error);
+    while let Some(error) = next {
+        if error.is::<kube::client::AuthError>() {
+            return true;
+        }
+        next = error.source();
+    }
+    false
 }
 
 /// The last of the chain says what happened; those above say only that something did.

@@ -5,6 +5,7 @@
 
 mod clock;
 mod error;
+mod event;
 mod kind;
 mod watch;
 
@@ -16,6 +17,7 @@ use serde_json::Value;
 
 pub use clock::ServerClock;
 pub use error::ApiError;
+pub use event::Warning;
 pub use kind::Kind;
 pub use watch::{Change, watch};
 
@@ -231,5 +233,22 @@ mod tests {
     #[test]
     fn a_value_stays_one_value_in_a_query() {
         assert_eq!(escape("a=b,c in (d)&x"), "a%3Db%2Cc%20in%20%28d%29%26x");
+    }
+
+    #[tokio::test]
+    async fn a_token_that_cannot_be_sent_is_no_server_that_is_away() {
+        let folder = tempfile::tempdir().unwrap();
+        let (token, file) = (folder.path().join("token"), folder.path().join("config"));
+        std::fs::write(&token, "rub\nbish").unwrap();
+        let text = serde_json::json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "c",
+            "clusters": [{"name": "c", "cluster": {"server": "http://127.0.0.1:1"}}],
+            "users": [{"name": "u", "user": {"tokenFile": token}}],
+            "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
+        });
+        std::fs::write(&file, text.to_string()).unwrap();
+        let server = ApiServer::connect(Some(&file), None).await.unwrap();
+        let error = server.get(&Kind::POD, "a", "b").await.unwrap_err();
+        assert!(matches!(error, ApiError::Unauthorized { .. }), "{error}");
     }
 }

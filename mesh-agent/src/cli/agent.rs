@@ -18,7 +18,7 @@ pub(super) fn run(args: impl IntoIterator<Item = OsString>) -> anyhow::Result<()
             remove_folders(&folders, &mut std::io::stdout())
         }
         Wish::Facts(config) => facts::tell(&config, &mut std::io::stdout()),
-        Wish::Controller(config) => app::run_controller(config),
+        Wish::Controller(config, live) => app::run_controller(*config, *live),
         Wish::Token { controller, node, ttl } => {
             Ok(writeln!(std::io::stdout(), "{}", app::join_token(controller, &node, ttl)?)?)
         }

@@ -305,7 +305,7 @@ impl Inner {
         let now = self.clock.now();
         let trust = self.trust().ok_or("the CA has signed but named no root; look at the controller's version")?;
         let signed_for = trust.verify(&chain, now).map_err(|e| {
-            format!("the CA's answer is of no use: {}; compare the clocks and the roots", tls::describe(&e))
+            format!("the CA's answer is of no use: {}; look at the controller's clock and roots", tls::describe(&e))
         })?;
         if signed_for != *identity {
             return Err(format!("the CA has signed `{signed_for}` in answer to `{identity}`; it is not used"));

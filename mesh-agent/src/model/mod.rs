@@ -3,6 +3,7 @@
 
 mod authorization;
 mod few;
+pub mod http;
 mod identity;
 mod node_pods;
 mod problem;
@@ -16,9 +17,9 @@ pub use authorization::{
 };
 pub use few::Few;
 pub use identity::{IdentityError, SpiffeId, TrustDomain};
-pub use node_pods::{NodePod, NodePods, Standing};
+pub use node_pods::{NodePod, NodePods, Standing, Unjudged};
 pub use problem::{ObjectRef, Problem, Severity};
 pub use service::{Algorithm, Endpoint, Scope, Service, ServicePort};
 pub use shared_map::SharedMap;
-pub use snapshot::{MeshSettings, OutboundPolicy, Snapshot, SnapshotParts, Target};
+pub use snapshot::{MeshSettings, OutboundPolicy, ServiceKey, Snapshot, SnapshotParts, Target};
 pub use workload::{Locality, Names, Transport, Workload};

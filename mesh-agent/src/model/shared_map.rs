@@ -74,6 +74,11 @@ impl<K: Hash + Eq + Clone, V: Clone> SharedMap<K, V> {
         self.shards.iter().flat_map(|shard| shard.values())
     }
 
+    /// In no order.
+    pub fn iter(&self) -> impl Iterator<Item = (&K, &V)> {
+        self.shards.iter().flat_map(|shard| shard.iter())
+    }
+
     fn shard<Q: Hash + ?Sized>(&self, key: &Q) -> usize {
         // The low bits and the topmost are what the maps inside go by.
         (self.hasher.hash_one(key) >> 40) as usize % SHARDS
@@ -91,8 +96,7 @@ impl<K: Hash + Eq + Clone, V: Clone> FromIterator<(K, V)> for SharedMap<K, V> {
 
 impl<K: Hash + Eq + Clone, V: Clone + PartialEq> PartialEq for SharedMap<K, V> {
     fn eq(&self, other: &Self) -> bool {
-        let entries = || self.shards.iter().flat_map(|shard| shard.iter());
-        self.len == other.len && entries().all(|(key, value)| other.get(key) == Some(value))
+        self.len == other.len && self.iter().all(|(key, value)| other.get(key) == Some(value))
     }
 }
 

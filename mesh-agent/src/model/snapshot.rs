@@ -6,6 +6,7 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use super::few::Few;
+use super::http::HttpRoutes;
 use super::{Service, SharedMap, TrustDomain, Workload};
 
 /// Settings of the whole mesh that the data path needs.
@@ -30,6 +31,15 @@ pub struct SnapshotParts {
     pub settings: MeshSettings,
     pub workloads: Vec<Arc<Workload>>,
     pub services: Vec<Arc<Service>>,
+    pub http: Vec<(ServiceKey, Arc<HttpRoutes>)>,
+}
+
+/// A port of a service that rules speak of, whether or not there is such a service.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+pub struct ServiceKey {
+    pub namespace: Arc<str>,
+    pub name: Arc<str>,
+    pub port: u16,
 }
 
 /// The configuration in force. Two snapshots are equal when they mean the same, whatever their generation.
@@ -45,6 +55,7 @@ pub struct Snapshot {
     by_vip: SharedMap<IpAddr, Arc<Service>>,
     /// Endpoint address -> the services that name it, by namespace and name.
     by_endpoint: SharedMap<SocketAddr, Few<ByName>>,
+    http: SharedMap<ServiceKey, Arc<HttpRoutes>>,
 }
 
 /// A service in the order of namespace and name, which also tells it from others.
@@ -67,7 +78,7 @@ pub enum Target {
 impl Snapshot {
     /// Later workloads and services win where two claim one address; `translate` has made a Problem of it.
     pub fn new(generation: u64, parts: SnapshotParts) -> Self {
-        let SnapshotParts { settings, workloads, services } = parts;
+        let SnapshotParts { settings, workloads, services, http } = parts;
         let mut snapshot = Self {
             generation,
             settings,
@@ -77,9 +88,11 @@ impl Snapshot {
             by_address: SharedMap::default(),
             by_vip: SharedMap::default(),
             by_endpoint: SharedMap::default(),
+            http: SharedMap::default(),
         };
         workloads.into_iter().for_each(|w| snapshot.insert_workload(w));
         services.into_iter().for_each(|s| snapshot.insert_service(s));
+        http.into_iter().for_each(|(key, routes)| snapshot.set_http(key, Some(routes)));
         snapshot
     }
 
@@ -141,9 +154,27 @@ impl Snapshot {
         }
     }
 
+    /// From now on these rules hold for a port of a service, or none.
+    pub fn set_http(&mut self, key: ServiceKey, routes: Option<Arc<HttpRoutes>>) {
+        match routes {
+            Some(routes) => self.http.insert(key, routes),
+            None => self.http.remove(&key),
+        }
+    }
+
+    /// What holds for HTTP to a port of a service.
+    pub fn http(&self, key: &ServiceKey) -> Option<&Arc<HttpRoutes>> {
+        self.http.get(key)
+    }
+
+    /// The ports that have rules for HTTP, in no order.
+    pub fn http_ports(&self) -> impl Iterator<Item = (&ServiceKey, &Arc<HttpRoutes>)> {
+        self.http.iter()
+    }
+
     /// The mesh before anything is known: no workload, no service.
     pub fn empty(settings: MeshSettings) -> Self {
-        Self::new(0, SnapshotParts { settings, workloads: Vec::new(), services: Vec::new() })
+        Self::new(0, SnapshotParts { settings, workloads: Vec::new(), services: Vec::new(), http: Vec::new() })
     }
 
     /// Counts up with each change.
@@ -186,6 +217,10 @@ impl Snapshot {
         self.services.values()
     }
 
+    pub fn service(&self, namespace: &Arc<str>, name: &Arc<str>) -> Option<&Arc<Service>> {
+        self.services.get(&(namespace.clone(), name.clone()))
+    }
+
     /// The service that has `address` among its endpoints, for telemetry.
     pub fn service_of_endpoint(&self, address: SocketAddr) -> Option<&Arc<Service>> {
         self.by_endpoint.get(&address).map(|few| &few.first().0)
@@ -212,7 +247,10 @@ impl Snapshot {
 
 impl PartialEq for Snapshot {
     fn eq(&self, other: &Self) -> bool {
-        self.settings == other.settings && self.workloads == other.workloads && self.services == other.services
+        self.settings == other.settings
+            && self.workloads == other.workloads
+            && self.services == other.services
+            && self.http == other.http
     }
 }
 

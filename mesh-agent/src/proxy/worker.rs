@@ -22,6 +22,7 @@ use super::transport::session::Counts;
 use super::{balance, inbound, outbound};
 use crate::enrollment::EnrolledPod;
 use crate::identity::Certificates;
+use crate::lifecycle::Pulse;
 use crate::model::Snapshot;
 use crate::redirect::Redirect;
 use crate::telemetry::{Facts, Outcome, Telemetry};
@@ -111,6 +112,7 @@ pub fn run(
     shared: Arc<Shared>,
     events: mpsc::UnboundedReceiver<Event>,
     changed: watch::Receiver<u64>,
+    pulse: Pulse,
 ) -> std::io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let worker = Rc::new(Worker {
@@ -125,6 +127,7 @@ pub fn run(
         served: Cell::default(),
     });
     let tasks = tokio::task::LocalSet::new();
+    tasks.spawn_local(pulse.keep());
     tasks.block_on(&runtime, main(worker, events, changed));
     Ok(())
 }

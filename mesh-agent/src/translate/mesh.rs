@@ -214,6 +214,7 @@ impl Mesh {
             settings: self.mesh_settings(),
             workloads: self.pods.workloads().cloned().collect(),
             services: self.services.services().cloned().collect(),
+            http: Vec::new(),
         }
     }
 

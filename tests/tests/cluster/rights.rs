@@ -14,7 +14,7 @@ const AGENT: &[&str] = &[
     "get,list,watch runtimeclasses.node.k8s.io",
     "get,list,watch authorizationpolicies.security.istio.io,peerauthentications.security.istio.io",
     "patch pods",
-    "create events",
+    "create,patch events",
     "in nodemesh-system: get,list,watch configmaps [nodemesh,nodemesh-ca-root]",
 ];
 
@@ -132,6 +132,26 @@ pub fn an_agent_gets_identities_of_its_own_node_only(stage: &Stage) {
     let other = annotate("near", "example.com/other").failure();
     assert!(other.contains("no annotation but nodemesh.io/status"), "{other}");
     annotate("near", "nodemesh.io/status").success();
+    let event = |name: &str, node: &str| {
+        kube.apply(&format!(
+            "{{apiVersion: v1, kind: Event, metadata: {{name: {name}, namespace: {NS}}}, type: Warning, reason: NodemeshFailed, \
+             message: m, count: 1, involvedObject: {{apiVersion: v1, kind: Pod, namespace: {NS}, name: {name}}}, \
+             source: {{component: nodemesh-agent, host: {node}}}}}\n"
+        ));
+    };
+    event("near", "n1");
+    event("far", "n2");
+    let patch = |name: &str, patch: &str| {
+        let anonymous = stage.anonymous();
+        let as_agent = ["--token", &token, "--kubeconfig", &anonymous, "-n", NS];
+        kube.kubectl(&[&as_agent[..], &["patch", "event", name, "--type=merge", "-p", patch]].concat())
+    };
+    let counted = r#"{"count":2,"lastTimestamp":"2026-01-01T00:00:00Z"}"#;
+    patch("near", counted).success();
+    let far = patch("far", counted).failure();
+    assert!(far.contains("only to Events of agents of its own node"), "{far}");
+    let other = patch("near", r#"{"message":"all is well"}"#).failure();
+    assert!(other.contains("nothing of an Event but how often and when"), "{other}");
     stage.forget(NS);
 }
 
@@ -149,6 +169,17 @@ pub fn what_is_wrong_is_refused_in_a_sentence(stage: &Stage) {
     assert!(said.contains("10.0.0.300"), "{said}");
     let said = refused(&policy("{action: PERHAPS}"));
     assert!(said.contains("PERHAPS"), "{said}");
+    let wrong =
+        format!("apiVersion: v1\nkind: Namespace\nmetadata: {{name: {NS}, labels: {{nodemesh.io/mode: \"on\"}}}}\n");
+    let said = refused(&wrong);
+    assert!(said.contains("`on` is no mode: use enabled or disabled"), "{said}");
+    // A pod with a wrong label starts, as its namespace has it; whoever looks at it sees why.
+    let odd = peer(NS, "odd", "n1", &["keep", "127.0.0.1:0"]);
+    kube.apply(&odd.replace("{app: odd}", "{app: odd, nodemesh.io/mode: \"on\"}"));
+    kube.eventually("an Event tells of the label", || {
+        let fields = "reason=NodemeshLabel,involvedObject.name=odd";
+        kube.kubectl(&["-n", NS, "get", "events", "--field-selector", fields]).out.contains("use enabled or disabled")
+    });
     kube.apply(&policy("{action: DENY, rules: [{from: [{source: {namespaces: [other]}}]}]}"));
     kube.eventually("the policy shows that it is in force", || {
         let object = kube.get(&["-n", NS, "authorizationpolicy", "p"]);

@@ -283,5 +283,23 @@ pub fn pods_that_cannot_be_in_the_mesh_say_so(stage: &Stage) {
         let events = kube.kubectl(&["-n", NS, "get", "events", "--field-selector", "reason=NodemeshRefused"]).out;
         events.contains("pod/host")
     });
+    // The pods cannot start, for the node has no such runtime; that they will not be in the mesh is said all the same.
+    for (handler, called) in [("runsc", "gVisor"), ("kata-qemu", "Kata")] {
+        let class = format!("refused-{handler}");
+        let text = format!(
+            "apiVersion: node.k8s.io/v1\nkind: RuntimeClass\nmetadata: {{name: {class}}}\nhandler: {handler}\n"
+        );
+        let runtime = format!("spec:\n  runtimeClassName: {class}\n");
+        kube.apply(&(text + &peer(NS, handler, "n1", &["keep", "127.0.0.1:0"]).replace("spec:\n", &runtime)));
+        kube.eventually("the pod says why it is refused", || {
+            let status = stage.status(NS, handler);
+            status.starts_with("refused: ") && status.contains(called)
+        });
+        kube.eventually("an Event says so", || {
+            let fields = format!("reason=NodemeshRefused,involvedObject.name={handler}");
+            kube.kubectl(&["-n", NS, "get", "events", "--field-selector", &fields]).out.contains(called)
+        });
+        kube.kubectl(&["delete", "runtimeclass", &class]).success();
+    }
     stage.forget(NS);
 }

@@ -20,7 +20,7 @@ pub(super) enum Wish {
     Cleanup(Cleanup, Vec<PathBuf>),
     /// How the node is, for meshctl.
     Facts(Cleanup),
-    Controller(Controller),
+    Controller(Box<Controller>, Box<Live>),
     Token {
         controller: Controller,
         node: String,
@@ -170,7 +170,13 @@ pub(super) fn parse(
                     token: revoke.get_one::<String>("token").cloned().unwrap_or_default().trim().to_owned(),
                 }),
                 Some(("rotate-root", _)) => Ok(Wish::RotateRoot(Controller::check_for_tools(&written)?)),
-                _ => Ok(Wish::Controller(Controller::check(&written)?)),
+                _ => {
+                    let controller = Controller::check(&written)?;
+                    let mut laid = Written::default();
+                    let settings = SETTINGS.iter().filter(|s| s.roles.contains(&Role::Controller));
+                    lay_over(&mut laid, settings, innermost, &variable);
+                    Ok(Wish::Controller(Box::new(controller), Box::new(Live::new(laid, written, machine.clone()))))
+                }
             }
         }
         _ => unreachable!("clap wants one of the subcommands above"),

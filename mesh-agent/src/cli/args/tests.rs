@@ -280,7 +280,7 @@ fn cleanup_needs_neither_a_ca_nor_manifests() {
 
 #[test]
 fn the_controller_and_its_commands() {
-    let Wish::Controller(controller) = wish("controller --config-dir / --san ca.mesh --san 10.0.0.1", &[]).unwrap()
+    let Wish::Controller(controller, _) = wish("controller --config-dir / --san ca.mesh --san 10.0.0.1", &[]).unwrap()
     else {
         panic!("no controller")
     };
