@@ -216,6 +216,7 @@ async fn node(
             live,
             read: Live::node,
             present: present.clone(),
+            keep: Some((config.state_dir.join(config::LAST_GOOD_SETTINGS), pen.clone())),
             apply: Box::new(move |node, problems| {
                 if log.get() != node.logging.filter
                     && let Err(e) = log.set(&node.logging.filter)

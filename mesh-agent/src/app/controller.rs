@@ -103,6 +103,7 @@ async fn cluster_controller(
         live,
         read: Live::controller,
         present: Arc::new(ArcSwap::from_pointee(config.clone())),
+        keep: None,
         apply: Box::new(move |config, problems| {
             for problem in problems {
                 tracing::warn!("{problem}");

@@ -257,6 +257,11 @@ async fn follow_roots(inner: Arc<Inner>, mut roots: watch::Receiver<Option<Bundl
         let Some(trust) = inner.trust() else { continue };
         tracing::info!(roots = ?trust.bundle, "the trusted roots have changed");
         for (identity, entry) in wanted.iter_mut() {
+            // What has failed may have failed for want of these roots.
+            if entry.failures > 0 {
+                entry.next_try = now;
+                entry.moved.notify_one();
+            }
             let Some(leaf) = &entry.leaf else { continue };
             // A leaf of a root that was dropped before its time: peers refuse it, so a new one is due now.
             if trust.verify(&leaf.certified.cert, now).is_err() {

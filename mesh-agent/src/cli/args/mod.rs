@@ -201,10 +201,12 @@ fn gather(
 ) -> Result<Written, ConfigError> {
     let mut written = Written::default();
     let file = matches.get_one::<String>("settings").cloned().or_else(|| variable("NODEMESH_SETTINGS"));
-    if let Some(file) = file {
-        written.read(Path::new(&file))?;
-    }
     lay_over(&mut written, SETTINGS.iter().filter(|s| s.roles.contains(&role)), matches, variable);
+    match (file, role) {
+        (None, _) => {}
+        (Some(file), Role::Node) => written.read_of_node(Path::new(&file))?,
+        (Some(file), Role::Controller) => written.read(Path::new(&file))?,
+    }
     Ok(written)
 }
 

@@ -392,3 +392,22 @@ fn exit_codes_follow_the_cause() {
     assert_eq!(sentence(&anyhow::anyhow!("low").context("middle").context("high")), "high: middle: low");
     assert_eq!(sentence(&anyhow::anyhow!("low").context("high: low")), "high: low");
 }
+
+#[test]
+fn a_node_without_its_settings_file_takes_what_was_last_good() {
+    let state = tempfile::tempdir().unwrap();
+    let line = |source: &str| {
+        let state = state.path().display();
+        format!("node --embedded-ca --source {source} --config-dir / --settings /no/such/file --state-dir {state}")
+    };
+    let sentence_of = |line: &str| sentence(&wish(line, &[]).expect_err(line));
+    let said = sentence_of(&line("kubernetes"));
+    assert!(said.contains("no last good settings are on this node: put it back with `meshctl upgrade`"), "{said}");
+    std::fs::write(state.path().join(crate::config::LAST_GOOD_SETTINGS), "trustDomain: example.org\n").unwrap();
+    let Wish::Node(node, _) = wish(&line("kubernetes"), &[]).unwrap() else { panic!("no node") };
+    assert_eq!(node.trust_domain, TrustDomain::new("example.org").unwrap());
+    assert!(
+        sentence_of(&line("directory")).starts_with("cannot read the settings file /no/such/file"),
+        "elsewhere it is an error"
+    );
+}

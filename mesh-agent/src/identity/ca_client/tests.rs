@@ -347,6 +347,43 @@ async fn an_istio_client_dials_by_name_and_root_file() {
 }
 
 #[tokio::test]
+async fn a_root_that_its_owner_has_replaced_is_taken_without_a_restart() {
+    let (dir, other, node_dir) =
+        (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let controller = Controller::start(dir.path()).await;
+    let address = controller.address;
+    let token_file = node_dir.path().join("token");
+    std::fs::write(&token_file, controller.token("node-a")).unwrap();
+    let client = CaClient::new(CaClientOptions {
+        addresses: vec![address.to_string()],
+        credential: Credential::ServiceAccount {
+            token_file: token_file.clone(),
+            roots_pem: controller.ca.bundle().pem(),
+        },
+        state_dir: node_dir.path().to_owned(),
+        deadline: Duration::from_secs(10),
+    })
+    .unwrap();
+    let certificates = Certificates::remote(client.clone(), certificate_options(Clock::system()));
+    certificates.ensure(&id("web")).await.unwrap();
+    let serial = || certificates.list()[0].serial.clone();
+    let before = serial();
+    controller.stop().await;
+    // Another CA altogether, with nothing of the old one.
+    let controller = Controller::start_with(open_ca(other.path()), other.path(), address).await;
+    std::fs::write(&token_file, controller.token("node-a")).unwrap();
+    let untrusted = client.ask_bundle().await.err().unwrap().text;
+    assert!(untrusted.contains("ends in no root that is trusted here"), "{untrusted}");
+    client.trust("no certificate").unwrap_err();
+    assert!(client.trust(&controller.ca.bundle().pem()).unwrap());
+    assert!(!client.trust(&controller.ca.bundle().pem()).unwrap());
+    // Far sooner than it would be renewed, or tried again.
+    eventually("a certificate of the new root", || serial() != before && certificates.list()[0].problem.is_none())
+        .await;
+    controller.stop().await;
+}
+
+#[tokio::test]
 async fn bytes_that_are_no_tls_do_no_harm() {
     let dir = tempfile::tempdir().unwrap();
     let controller = Controller::start(dir.path()).await;
