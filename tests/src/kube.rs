@@ -223,6 +223,7 @@ impl Kube {
         let log = self.place(node).join(format!("{program}.log"));
         let log = File::options().append(true).open(log).expect("a program of the cluster has a log");
         command.stdin(Stdio::null()).stderr(log.try_clone().expect("a file can be duplicated")).stdout(log);
+        #[expect(clippy::zombie_processes, reason = "it outlives the test, as the program before did")]
         let child = command.process_group(0).spawn().expect("it can be started as before");
         let begun = lives(child.id()).unwrap_or_else(|| panic!("{program} of {node} has ended at once"));
         std::fs::write(record, format!("{} {begun}\n", child.id())).expect("the cluster's folder can be written to");
