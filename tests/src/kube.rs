@@ -223,10 +223,12 @@ impl Kube {
         let log = self.place(node).join(format!("{program}.log"));
         let log = File::options().append(true).open(log).expect("a program of the cluster has a log");
         command.stdin(Stdio::null()).stderr(log.try_clone().expect("a file can be duplicated")).stdout(log);
-        #[expect(clippy::zombie_processes, reason = "it outlives the test, as the program before did")]
-        let child = command.process_group(0).spawn().expect("it can be started as before");
-        let begun = lives(child.id()).unwrap_or_else(|| panic!("{program} of {node} has ended at once"));
-        std::fs::write(record, format!("{} {begun}\n", child.id())).expect("the cluster's folder can be written to");
+        let mut child = command.process_group(0).spawn().expect("it can be started as before");
+        let new = child.id();
+        // Should it end while this runs, it leaves nothing.
+        std::thread::spawn(move || child.wait());
+        let begun = lives(new).unwrap_or_else(|| panic!("{program} of {node} has ended at once"));
+        std::fs::write(record, format!("{new} {begun}\n")).expect("the cluster's folder can be written to");
     }
 
     /// What agents and controllers have said, by pod.
