@@ -13,18 +13,15 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::handed::{Handed, Order, Stage};
+use super::leaving::{GRACE, Leaving, come_back};
 use super::legacy::{self, Tuple};
 use super::{FindError, Netns, NetnsError, NetnsId, Places, RoutesError, routes};
 use crate::identity::Certificates;
-use crate::model::{Problem, Severity, Snapshot, SpiffeId, Transport, Workload};
+use crate::model::{Problem, Severity, Snapshot, Transport, Workload};
 use crate::redirect::{PodEntry, Redirect, RedirectError};
 
 /// How often what failed is tried again, vanished namespaces are looked for and old connections are counted.
-const TICK: Duration = Duration::from_secs(1);
-
-/// For so long a pod that has left by its label still accepts: what was on its way through the mesh, and what comes from
-/// agents that have not heard of it. By mutual TLS and judged as before; from the pod itself only what the kernel had taken.
-const GRACE: Duration = Duration::from_secs(2);
+pub(super) const TICK: Duration = Duration::from_secs(1);
 
 /// A pod of this node with its listeners.
 #[derive(Debug)]
@@ -130,15 +127,9 @@ pub struct Enrollment {
     /// Cancelled to freeze: whoever waits for a certificate shall wait no longer.
     freeze: CancellationToken,
     /// Another agent has the pods.
-    yielded: bool,
+    pub(super) yielded: bool,
     /// Those that left by their label a moment ago, by uid; the kernel has let them go.
-    leaving: BTreeMap<Arc<str>, Leaving>,
-}
-
-/// A pod that still accepts.
-struct Leaving {
-    pod: Arc<EnrolledPod>,
-    until: Instant,
+    pub(super) leaving: BTreeMap<Arc<str>, Leaving>,
 }
 
 /// Told when the pods that were there at the start have been taken in, or have failed.
@@ -188,7 +179,7 @@ pub(super) enum JoinError {
     Frozen,
 }
 
-type Joined = (Arc<Workload>, Result<(Arc<EnrolledPod>, HashSet<Tuple>), JoinError>);
+pub(super) type Joined = (Arc<Workload>, Result<(Arc<EnrolledPod>, HashSet<Tuple>), JoinError>);
 
 impl Enrollment {
     pub fn new(inputs: Inputs) -> Self {
@@ -345,17 +336,6 @@ impl Enrollment {
         }
     }
 
-    /// A pod whose label is back before it has left whole: it keeps its listeners, and nobody is refused.
-    fn may_come_back(&self, workload: &Workload, leaving: Leaving) -> Option<Arc<EnrolledPod>> {
-        let Leaving { pod, .. } = leaving;
-        let moved = self.inputs.places.has_moved(&workload.uid, pod.netns.id());
-        if same_place(workload, &pod.workload) && !moved && pod.netns.is_there() {
-            return Some(pod);
-        }
-        self.part(&pod, true);
-        None
-    }
-
     fn joined(
         &self,
         pods: &mut BTreeMap<Arc<str>, Pod>,
@@ -403,43 +383,6 @@ impl Enrollment {
             tracing::info!(pod = %format!("{}/{}", workload.namespace, workload.name), gone, "left the mesh");
         }
         self.release(pods, &workload.identity);
-    }
-
-    /// The pod accepts no more.
-    fn part(&self, pod: &EnrolledPod, gone: bool) {
-        (self.inputs.events)(PodEvent::Left { uid: pod.workload.uid.clone(), gone });
-        if self.yielded {
-            return;
-        }
-        pod.stop_listening();
-        if !gone {
-            // Connections that go on need the way back; it is taken away when they have ended.
-            routes::unwanted(&pod.netns);
-            tokio::task::spawn(restore_when_quiet(pod.netns.clone(), self.inputs.redirect.clone()));
-        }
-    }
-
-    /// Lets go of a certificate that no pod has any more.
-    fn release(&self, pods: &BTreeMap<Arc<str>, Pod>, identity: &SpiffeId) {
-        let leaving = self.leaving.values().map(|leaving| &leaving.pod.workload);
-        if !pods.values().map(|pod| &pod.workload).chain(leaving).any(|w| w.identity == *identity) {
-            self.inputs.certificates.release(identity);
-        }
-    }
-
-    /// Ends the grace of those whose time is over, or that are gone.
-    fn end_grace(&mut self, pods: &BTreeMap<Arc<str>, Pod>) {
-        let snapshot = self.inputs.snapshot.load_full();
-        let is_gone = |pod: &EnrolledPod| {
-            let known = snapshot.workload(&pod.workload.uid);
-            !pod.netns.is_there() || !known.is_some_and(|w| same_place(w, &pod.workload))
-        };
-        let now = Instant::now();
-        let over: Vec<_> = self.leaving.extract_if(.., |_, l| now >= l.until || is_gone(&l.pod)).collect();
-        for (_, Leaving { pod, .. }) in over {
-            self.part(&pod, is_gone(&pod));
-            self.release(pods, &pod.workload.identity);
-        }
     }
 
     /// Each second: failed pods get another chance, vanished namespaces are let go, old connections are counted.
@@ -521,25 +464,6 @@ impl Enrollment {
     }
 }
 
-/// Takes a pod in again that has not left whole: its listeners go into the kernel's tables once more.
-async fn come_back(workload: Arc<Workload>, pod: Arc<EnrolledPod>, redirect: Arc<Redirect>) -> Joined {
-    let again = workload.clone();
-    let back = tokio::task::spawn_blocking(move || {
-        let result = pod.listeners().ok_or(JoinError::Frozen).and_then(|listeners| {
-            super::handed::refresh(&again, &pod.netns, &listeners, &redirect)?;
-            let legacy = legacy::established(&pod.netns).map_err(JoinError::Legacy)?;
-            Ok((Arc::new(EnrolledPod::new(again, pod.netns.clone(), listeners)), legacy))
-        });
-        if result.is_err() {
-            // Whoever takes it in anew finds the ports free.
-            pod.stop_listening();
-        }
-        result
-    });
-    let result = back.await.unwrap_or_else(|e| Err(JoinError::Legacy(std::io::Error::other(e))));
-    (workload, result)
-}
-
 /// Takes a pod in: certificate, namespace, listeners, kernel; the kernel starts to redirect last.
 async fn join(
     workload: Arc<Workload>,
@@ -592,23 +516,8 @@ pub(super) fn entry_of(workload: &Workload, netns: &Netns, listeners: &Listeners
 }
 
 /// Whether two manifests speak of one and the same network namespace and identity.
-fn same_place(a: &Workload, b: &Workload) -> bool {
+pub(super) fn same_place(a: &Workload, b: &Workload) -> bool {
     a.netns == b.netns && a.addresses == b.addresses && a.identity == b.identity && a.node == b.node
-}
-
-/// Gives the routes back when no connection needs them any more; not where the pod has come back meanwhile.
-async fn restore_when_quiet(netns: Arc<Netns>, redirect: Arc<Redirect>) {
-    let mut tick = tokio::time::interval(TICK);
-    while netns.is_there() && legacy::established(&netns).is_ok_and(|all| !all.is_empty()) {
-        tick.tick().await;
-    }
-    // Another agent, which has taken this one's place, may have taken it in again.
-    if redirect.enrolled().is_ok_and(|pods| pods.contains(&netns.cookie())) {
-        return;
-    }
-    if let Err(e) = routes::restore_unwanted(&netns) {
-        tracing::debug!("cannot take back the routes of a pod that left: {e}");
-    }
 }
 
 fn status(pod: &Pod) -> PodStatus {

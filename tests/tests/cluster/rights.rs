@@ -141,16 +141,21 @@ pub fn an_agent_gets_identities_of_its_own_node_only(stage: &Stage) {
     };
     event("near", "n1");
     event("far", "n2");
-    let patch = |name: &str, patch: &str| {
+    // Applied at the server: `kubectl patch` would read it first, which an agent may not.
+    let patch = |name: &str, fields: &str| {
         let anonymous = stage.anonymous();
         let as_agent = ["--token", &token, "--kubeconfig", &anonymous, "-n", NS];
-        kube.kubectl(&[&as_agent[..], &["patch", "event", name, "--type=merge", "-p", patch]].concat())
+        let apply = ["apply", "--server-side", "--force-conflicts", "--validate=false", "-f", "-"];
+        let text = format!(
+            "{{apiVersion: v1, kind: Event, metadata: {{name: {name}, namespace: {NS}}}, involvedObject: {{apiVersion: v1, \
+             kind: Pod, namespace: {NS}, name: {name}}}, {fields}}}\n"
+        );
+        kube.kubectl_with(&[&as_agent[..], &apply].concat(), &text)
     };
-    let counted = r#"{"count":2,"lastTimestamp":"2026-01-01T00:00:00Z"}"#;
-    patch("near", counted).success();
-    let far = patch("far", counted).failure();
+    patch("near", "count: 2").success();
+    let far = patch("far", "count: 2").failure();
     assert!(far.contains("only to Events of agents of its own node"), "{far}");
-    let other = patch("near", r#"{"message":"all is well"}"#).failure();
+    let other = patch("near", "message: all is well").failure();
     assert!(other.contains("nothing of an Event but how often and when"), "{other}");
     stage.forget(NS);
 }
