@@ -1,17 +1,18 @@
 //! Pods join and leave the mesh while they run.
 
+mod closed;
 mod find;
 mod handed;
-mod left;
+mod leaving;
 mod legacy;
 mod netns;
 mod pods;
 mod routes;
 pub mod sockets;
 
+pub use closed::has_left;
 pub use find::{FindError, Places, Processes};
 pub use handed::{Handed, Order};
-pub use left::has_left;
 pub use legacy::Tuple;
 pub use netns::{Netns, NetnsError, NetnsId, see_host_proc};
 pub use pods::{EnrolledPod, Enrollment, Inputs, Listeners, PodEvent, PodStatus, Settled};

@@ -10,7 +10,7 @@ use tokio::net::TcpStream;
 use super::accept::Accepted;
 use super::connections::Cut;
 use super::error::{self, ConnError};
-use super::reach::{CONNECT_BUDGET, Destination, MAX_TRIES, PATIENCE, Path, attempt, choose, facts};
+use super::reach::{CONNECT_BUDGET, Destination, MAX_TRIES, PATIENCE, Path, attempt_anew, choose, facts};
 use super::transport::session::{Counts, Early, Side};
 use super::transport::{copy, hbone, io as sock};
 use super::worker::{LocalPod, Worker};
@@ -68,13 +68,13 @@ async fn reach(
         Target::Service { service, port } => (service, port),
         Target::Workload { workload, service } => {
             let destination = lone(Some(workload), service);
-            return attempt(worker, pod, snapshot, client, destination, early, PATIENCE).await;
+            return attempt_anew(worker, pod, snapshot, client, destination, early, PATIENCE).await;
         }
         Target::Outside if snapshot.settings().outbound == OutboundPolicy::RegistryOnly => {
             return Err((lone(None, None), ConnError::Outside(original)));
         }
         Target::Outside => {
-            return attempt(worker, pod, snapshot, client, lone(None, None), early, PATIENCE).await;
+            return attempt_anew(worker, pod, snapshot, client, lone(None, None), early, PATIENCE).await;
         }
         Target::NoSuchPort { service } => {
             let error = ConnError::NoSuchPort { service: service.hostname.to_string(), port: original.port() };
@@ -94,7 +94,7 @@ async fn reach(
         // With other endpoints at hand none is waited for.
         let others = balance::has_another(original.ip(), &service.ports[port], &tried);
         let patience = if others { Duration::ZERO } else { PATIENCE };
-        match attempt(worker, pod, snapshot, client, destination, early, patience).await {
+        match attempt_anew(worker, pod, snapshot, client, destination, early, patience).await {
             Ok(found) => return Ok(found),
             Err(failed) if failed.1.is_worth_another_endpoint() => last = Some(failed),
             Err(failed) => return Err(failed),

@@ -14,7 +14,7 @@ use crate::enrollment::has_left;
 use crate::model::{Service, ServiceKey, Snapshot};
 use crate::proxy::connections::Cut;
 use crate::proxy::error::ConnError;
-use crate::proxy::reach::{Destination, PATIENCE, Path, attempt, choose, facts};
+use crate::proxy::reach::{Destination, PATIENCE, Path, attempt_anew, choose, facts};
 use crate::proxy::transport::hbone::HboneStream;
 use crate::proxy::transport::session::{Counts, Early, SessionStream};
 use crate::proxy::transport::upstream::{Carrier, Upstream};
@@ -100,7 +100,7 @@ impl World for Agent {
             service: Some(service.clone()),
         };
         let patience = if has_another { Duration::ZERO } else { PATIENCE };
-        let reached = attempt(worker, pod, snapshot, *client, destination, &Early::none(), patience).await;
+        let reached = attempt_anew(worker, pod, snapshot, *client, destination, &Early::none(), patience).await;
         let (destination, path) = reached.map_err(|(_, error)| error)?;
         let (transport, security) = path.kind();
         let (counts, cut) = (Rc::new(Counts::default()), Rc::new(Cut::default()));

@@ -149,5 +149,4 @@ fn dots(element: &str) -> usize {
 }
 
 #[cfg(test)]
-#[path = "matching_tests.rs"]
 mod tests;

@@ -1,3 +1,5 @@
+//! What matches, as tables.
+
 use super::*;
 use crate::model::ObjectRef;
 use crate::model::http::{Action, HeaderEdits, Name, Pattern, Rewrite, Timeouts};
