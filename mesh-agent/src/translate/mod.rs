@@ -7,6 +7,7 @@
 //! that for all objects at once, `live` for one change after the other, to the same end.
 
 mod candidate;
+mod gateway;
 mod istio;
 mod kubernetes;
 mod live;
@@ -15,6 +16,8 @@ mod mesh;
 mod object;
 mod policies;
 mod report;
+mod routes;
+mod schema;
 mod services;
 mod texts;
 mod workloads;
@@ -29,6 +32,7 @@ pub use object::{Key, Object};
 pub use texts::Name;
 
 use crate::model::{NodePods, ObjectRef, OutboundPolicy, Problem, Severity, SnapshotParts, TrustDomain};
+use gateway::{Grant, Route};
 use istio::{AuthorizationPolicy, PeerAuthentication};
 use kubernetes::{EndpointSlice, Namespace, Node, Pod, RuntimeClass, Service};
 use mesh::Mesh;
@@ -122,6 +126,8 @@ enum Parsed {
     EndpointSlice(EndpointSlice),
     PeerAuthentication(PeerAuthentication),
     AuthorizationPolicy(AuthorizationPolicy),
+    Route(Arc<Route>),
+    ReferenceGrant(Grant),
     /// A kind that is checked for its shape only.
     Nothing,
 }
@@ -137,6 +143,9 @@ pub enum Table {
     EndpointSlice,
     PeerAuthentication,
     AuthorizationPolicy,
+    HttpRoute,
+    GrpcRoute,
+    ReferenceGrant,
 }
 
 /// Makes the model out of `objects`. The order of `objects` changes nothing but which of two equal names is the second.
@@ -220,6 +229,10 @@ fn parse_object(object: &Object, report: &mut Report) -> Option<Result<Parsed, B
             );
         }
     };
+    let route = |route: Option<Route>, report: &Report| {
+        let route = route.and_then(|route| report.unless_broken(route));
+        route.map(|route| Parsed::Route(Arc::new(route))).ok_or(gateway::GO_ON)
+    };
     match (object.group(), object.kind()) {
         ("", "Namespace") => plain(kubernetes::namespace(object, report), Parsed::Namespace),
         ("", "Node") => plain(kubernetes::node(object, report), Parsed::Node),
@@ -240,6 +253,18 @@ fn parse_object(object: &Object, report: &mut Report) -> Option<Result<Parsed, B
             known_version(&["v1", "v1beta1"], report);
             let parsed = istio::authorization_policy(object, report);
             Some(parsed.map(Parsed::AuthorizationPolicy).ok_or_else(|| istio::closed_authorization_policy(object)))
+        }
+        (gateway::GROUP, "HTTPRoute") => {
+            known_version(&["v1", "v1beta1"], report);
+            Some(route(gateway::http_route(object, report), report))
+        }
+        (gateway::GROUP, "GRPCRoute") => {
+            known_version(&["v1"], report);
+            Some(route(gateway::grpc_route(object, report), report))
+        }
+        (gateway::GROUP, "ReferenceGrant") => {
+            known_version(&["v1", "v1beta1"], report);
+            plain(gateway::reference_grant(object, report), Parsed::ReferenceGrant)
         }
         (group, kind) if object::is_mesh_api(group) => {
             report.warning("", format!("kind {kind} of {group} is not honoured yet: nothing of it is in force"));
