@@ -77,7 +77,7 @@ struct SpecRedirect {
     hostname: Option<String>,
     path: Option<SpecPath>,
     port: Option<u16>,
-    status_code: Option<u16>,
+    status_code: Option<i64>,
 }
 
 #[derive(Deserialize)]
@@ -343,7 +343,7 @@ impl SpecRedirect {
             None => None,
         };
         Some(Action::Redirect(Redirect {
-            status,
+            status: u16::try_from(status).ok()?,
             scheme: self.scheme.map(Into::into),
             host: self.hostname.map(Into::into),
             port: self.port.map_or(RedirectPort::OfScheme, RedirectPort::Number),

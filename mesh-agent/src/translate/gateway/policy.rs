@@ -20,7 +20,7 @@ pub(super) struct SpecTimeouts {
 #[serde(expecting = "an object")]
 pub(super) struct SpecRetry {
     #[serde(default, deserialize_with = "nullable")]
-    codes: Vec<u16>,
+    codes: Vec<i64>,
     attempts: Option<u32>,
     backoff: Option<String>,
 }
@@ -87,7 +87,7 @@ impl SpecRetry {
             report.error(&format!("{field}.attempts"), "0 tries are none: write 1 or more, or remove `retry`");
         }
         let least = duration(&format!("{field}.backoff"), self.backoff, report);
-        let mut statuses = self.codes;
+        let mut statuses: Vec<u16> = self.codes.iter().filter_map(|code| (*code).try_into().ok()).collect();
         statuses.sort_unstable();
         statuses.dedup();
         Retry {
