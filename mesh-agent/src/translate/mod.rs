@@ -1,8 +1,9 @@
 //! Foreign objects become the internal model. Pure: (settings, objects, what was good before) -> (parts, Problems).
 //!
-//! Comes in: objects of Kubernetes and Istio as plain JSON values, from whichever source. Each is parsed alone; one that
-//! is broken is reported, and its last good version stays in force. Then all that parsed are put together by `mesh`:
-//! `workloads` decides who is in the mesh, `policies` which rules hold for whom, `services` what is behind a name.
+//! Comes in: objects of Kubernetes, the Gateway API and Istio as plain JSON values, from whichever source. Each is parsed
+//! alone; one that is broken is reported, and its last good version stays in force. Then all that parsed are put together
+//! by `mesh`: `workloads` decides who is in the mesh, `policies` which rules hold for whom, `services` what is behind a
+//! name, `routes` which rules hold for a request to it.
 //! Goes out: `SnapshotParts` for the data path, every Problem, and the memory for the next translation. `translate` does
 //! that for all objects at once, `live` for one change after the other, to the same end.
 
@@ -265,6 +266,10 @@ fn parse_object(object: &Object, report: &mut Report) -> Option<Result<Parsed, B
         (gateway::GROUP, "ReferenceGrant") => {
             known_version(&["v1", "v1beta1"], report);
             plain(gateway::reference_grant(object, report), Parsed::ReferenceGrant)
+        }
+        (gateway::GROUP, "TLSRoute" | "TCPRoute" | "UDPRoute") => {
+            gateway::not_honoured(object, report);
+            None
         }
         (group, kind) if object::is_mesh_api(group) => {
             report.warning("", format!("kind {kind} of {group} is not honoured yet: nothing of it is in force"));

@@ -184,6 +184,14 @@ fn route<R: serde::de::DeserializeOwned>(
     report.unless_broken(route)
 }
 
+/// A route of a kind that comes later.
+pub(super) fn not_honoured(object: &Object, report: &mut Report) {
+    if refs::is_ours(object.value()) {
+        let message = format!("{}s are not honoured yet: connections go on as without the route", object.kind());
+        report.warning("", message);
+    }
+}
+
 /// A rule that does nothing yet.
 fn empty_rule(object: &Arc<ObjectRef>, i: usize, name: Option<String>, report: &mut Report) -> HttpRule {
     let name = name.filter(|name| {

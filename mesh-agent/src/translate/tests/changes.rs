@@ -307,3 +307,28 @@ fn a_pod_of_another_node_has_no_rules_and_is_never_judged() {
     assert_eq!(judge("there"), Err(crate::proxy::policy::Denied::Elsewhere));
     assert_eq!(snapshot.judged().count(), 1);
 }
+
+/// The same words at another age: nothing of the route itself is different.
+#[test]
+fn a_route_that_was_deleted_and_made_again_is_the_youngest() {
+    let object = |value: Value| Object::from_value("", value).unwrap().remove(0);
+    let route = |name: &str, created: &str| {
+        object(json!({"apiVersion": "gateway.networking.k8s.io/v1", "kind": "HTTPRoute",
+            "metadata": {"name": name, "namespace": "shop", "creationTimestamp": created},
+            "spec": {"parentRefs": [{"group": "", "kind": "Service", "name": "web"}],
+                "rules": [{"backendRefs": [{"name": "web", "port": 80}]}]}}))
+    };
+    let mut live = Live::new(settings());
+    live.put(&object(json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "web", "namespace": "shop"},
+        "spec": {"clusterIP": "10.96.0.1", "ports": [{"port": 80}]}})));
+    live.put(&route("a", "2026-01-01T00:00:00Z"));
+    live.put(&route("b", "2026-01-02T00:00:00Z"));
+    let order = |snapshot: &Snapshot| -> Vec<String> {
+        let (_, routes) = snapshot.http_ports().next().unwrap();
+        routes.general.as_ref().unwrap().rules.iter().map(|rule| rule.object.name.clone()).collect()
+    };
+    let first = live.snapshot(&Snapshot::empty(Mesh::new(settings()).mesh_settings())).unwrap();
+    assert_eq!(order(&first), ["a", "b"]);
+    live.put(&route("a", "2026-01-03T00:00:00Z"));
+    assert_eq!(order(&live.snapshot(&first).unwrap()), ["b", "a"]);
+}
