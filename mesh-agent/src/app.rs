@@ -21,6 +21,7 @@ use tokio::task::AbortHandle;
 use self::authority::{authority_in_words, certificates};
 pub use self::controller::{join_token, revoke_token, rotate_root, run_controller};
 use self::live::Follower;
+use self::starting::Starting;
 use self::upkeep::{follow_probes, log_problems, raise_file_limit, sweep};
 use crate::admin::{AdminState, serve_admin, serve_metrics};
 use crate::api_server::ApiServer;
@@ -29,7 +30,7 @@ use crate::discovery::{self, Sources};
 use crate::enrollment::{Enrollment, Inputs as EnrollmentInputs, Places, Processes, see_host_proc};
 use crate::handover::{self, Given, Giver, Own, Taken, Turn};
 use crate::identity;
-use crate::lifecycle::{Readiness, Signals};
+use crate::lifecycle::{Liveness, Pen, Readiness, Signals};
 use crate::proxy::{Inputs as ProxyInputs, Proxy};
 use crate::redirect::{Options, Redirect, read_kernel_types};
 use crate::telemetry::{AccessLog, Telemetry, logging};
@@ -80,6 +81,8 @@ async fn node(
 ) -> anyhow::Result<End> {
     let started = Instant::now();
     let readiness = Readiness::default();
+    let liveness = Liveness::default();
+    tokio::spawn(liveness.pulse("control").keep());
     let starting = readiness.block("the programs in the kernel and the pods of this node");
     if !turn.wait(in_kernel, signals).await? {
         return Ok(End::Stopped);
@@ -96,10 +99,11 @@ async fn node(
     // Before the mesh is in memory.
     read_kernel_types();
     let mut serving: Vec<AbortHandle> =
-        own.iter().map(|own| own.serve_readiness(&readiness)).collect::<io::Result<_>>()?;
+        own.iter().map(|own| own.serve_health(&readiness, &liveness)).collect::<io::Result<_>>()?;
     let last_good = Some(config.state_dir.join("last-good-node.json"));
+    let pen = Pen::default();
     let (sources, certificates) = tokio::select! {
-        started = async { anyhow::Ok((sources(&config, last_good).await?, certificates(&config).await?)) } => started?,
+        started = async { anyhow::Ok((sources(&config, last_good, &pen).await?, certificates(&config).await?)) } => started?,
         // In Kubernetes it may wait for long, for the API server or the controller.
         stop = signals.recv() => {
             tracing::info!(signal = stop.name(), "stopped before it was ready");
@@ -120,13 +124,13 @@ async fn node(
                     return Ok(End::Stopped);
                 }
             };
-            serving.push(taken.0.serve_readiness(&readiness)?);
+            serving.push(taken.0.serve_health(&readiness, &liveness)?);
             taken
         }
     };
     let redirect = Arc::new(prepared.begin()?);
-    let (sockets, admin_file) = own.to_hand_over(&config).context("cannot keep the agent's sockets")?;
-    let Own { lock, metrics: metrics_listener, readiness: readiness_listener, admin: admin_socket } = own;
+    let (mut sockets, admin_file) = own.to_hand_over(&config).context("cannot keep the agent's sockets")?;
+    let Own { lock, metrics: metrics_listener, readiness: readiness_listener, admin: admin_socket, cni } = own;
     // It is served by another descriptor; none may stay here when the place is given away.
     drop(readiness_listener);
     lock.for_life();
@@ -140,6 +144,7 @@ async fn node(
         redirect: redirect.clone(),
         certificates: certificates.clone(),
         telemetry: telemetry.clone(),
+        liveness,
     })?);
     let events = {
         let proxy = proxy.clone();
@@ -147,7 +152,7 @@ async fn node(
     };
     let places = Arc::new(match &config.source {
         Source::Directory(_) => Places::Manifests,
-        Source::Kubernetes(_) => Places::Processes(Processes::new(&config.host_proc)),
+        Source::Kubernetes(_) => Places::Processes(Processes::new(&config.host_proc, sources.node_pods.clone())),
     });
     let mut enrollment = Enrollment::new(EnrollmentInputs {
         node: name,
@@ -164,7 +169,14 @@ async fn node(
     let orders = enrollment.orders();
     enrollment.adopt(taken.pods);
     let enrolling = tokio::spawn(enrollment.run());
-    serving.extend(starting::serve_starting_pods(&config, &sources, places, pods.clone(), &readiness).await?);
+    let Starting { tasks, socket } =
+        starting::serve_starting_pods(&config, &sources, places, pods.clone(), &readiness, cni, &pen).await?;
+    serving.extend(tasks);
+    let mut files = vec![admin_file];
+    if let Some((socket, file)) = socket {
+        sockets.push(socket);
+        files.push(file);
+    }
 
     let admin = Arc::new(AdminState {
         node: config.node_name.clone(),
@@ -200,8 +212,11 @@ async fn node(
         let follower = Follower {
             server: ApiServer::connect(kubernetes.kubeconfig.as_deref(), None).await?,
             namespace: kubernetes.namespace.clone(),
+            workload: ("daemonset", "nodemesh-agent"),
             live,
-            node: present.clone(),
+            read: Live::node,
+            present: present.clone(),
+            keep: Some((config.state_dir.join(config::LAST_GOOD_SETTINGS), pen.clone())),
             apply: Box::new(move |node, problems| {
                 if log.get() != node.logging.filter
                     && let Err(e) = log.set(&node.logging.filter)
@@ -225,15 +240,7 @@ async fn node(
     }
     drop(starting);
     tracing::info!(node = config.node_name, after = ?started.elapsed(), "ready");
-    let giver = Giver {
-        node: config.node_name,
-        orders,
-        proxy: proxy.clone(),
-        redirect,
-        sockets,
-        serving,
-        files: vec![admin_file],
-    };
+    let giver = Giver { node: config.node_name, orders, proxy: proxy.clone(), redirect, sockets, serving, files, pen };
     let mut successor = handover::serve(&handover_socket, giver).context("cannot wait for a next agent")?;
     let (why, given) = tokio::select! {
         given = successor.given() => ("another agent", Some(given)),
@@ -350,10 +357,12 @@ fn settings(config: &config::Node) -> Settings {
     }
 }
 
-async fn sources(config: &config::Node, last_good: Option<PathBuf>) -> anyhow::Result<Sources> {
+async fn sources(config: &config::Node, last_good: Option<PathBuf>, pen: &Pen) -> anyhow::Result<Sources> {
     Ok(match &config.source {
         Source::Directory(directory) => {
-            discovery::start(discovery::Options { last_good, ..discovery::Options::new(directory, settings(config)) })?
+            let pen = pen.clone();
+            let options = discovery::Options::new(directory, settings(config));
+            discovery::start(discovery::Options { last_good, pen, ..options })?
         }
         Source::Kubernetes(kubernetes) => {
             let server = ApiServer::connect(kubernetes.kubeconfig.as_deref(), None).await?;

@@ -14,8 +14,8 @@ use tokio::time::Instant;
 
 use crate::api_server::{ApiError, ApiServer, Kind};
 use crate::enrollment::PodStatus;
-use crate::model::{NodePod, NodePods, Standing};
-use crate::telemetry::clock::Rfc3339;
+use crate::model::{NodePod, NodePods, Standing, Unjudged};
+use crate::telemetry::clock::seconds;
 
 /// Between two requests: twenty a second are few for an API server, and a node has some hundred pods.
 const PACE: Duration = Duration::from_millis(50);
@@ -28,7 +28,14 @@ const TICK: Duration = Duration::from_secs(1);
 const LONGEST_MESSAGE: usize = 1000;
 const LONGEST_NAME: usize = 230;
 
+const FAILED: &str = "NodemeshFailed";
+const UNJUDGED: &str = "the pod started while no agent of nodemesh ran on its node and the agent's list of namespaces could \
+    not be read, so that it did not wait for the mesh: connections from before it was taken in are outside of it; make the \
+    pod anew where that matters";
+
 const ANNOTATION: &str = "nodemesh.io/status";
+/// The reason of the Event that tells of a wrong label.
+const LABEL: &str = "NodemeshLabel";
 
 /// One thing to be said about a pod.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,17 +56,22 @@ struct Board {
     not_before: HashMap<Arc<str>, Instant>,
     /// The last Event's message.
     told: HashMap<Arc<str>, String>,
+    /// The same of the label.
+    told_labels: HashMap<Arc<str>, String>,
     in_trouble_since: HashMap<Arc<str>, Instant>,
+    /// Pods that started while nobody could say whether they are in the mesh.
+    unjudged: Vec<Unjudged>,
 }
 
-/// Shows the pods of `node` until nobody tells any more.
+/// Shows the pods of `node` until nobody tells any more. `unjudged` are those that started without having been judged.
 pub async fn show_pods(
     server: ApiServer,
     node: String,
     mut node_pods: watch::Receiver<Arc<NodePods>>,
     mut statuses: watch::Receiver<Arc<Vec<PodStatus>>>,
+    unjudged: Vec<Unjudged>,
 ) {
-    let mut board = Board::default();
+    let mut board = Board { unjudged, ..Board::default() };
     let mut said = String::new();
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -78,7 +90,7 @@ pub async fn show_pods(
                 }
                 Err(_) => {}
             }
-            board.sent(uid, note, result.is_ok(), Instant::now());
+            board.sent(&uid, pod, note, result.is_ok(), Instant::now());
             tokio::time::sleep(PACE).await;
         }
         tokio::select! {
@@ -98,6 +110,7 @@ impl Board {
         keep(&mut self.written, pods);
         keep(&mut self.not_before, pods);
         keep(&mut self.told, pods);
+        keep(&mut self.told_labels, pods);
         keep(&mut self.in_trouble_since, pods);
         let statuses: HashMap<&str, &PodStatus> = statuses.iter().map(|s| (s.uid.as_str(), s)).collect();
         let mut due = Vec::new();
@@ -123,8 +136,18 @@ impl Board {
             if let Some(message) = self.trouble(uid, pod, status, differs, now) {
                 due.push((uid.clone(), message));
             }
+            if pod.standing == Standing::Enabled && self.unjudged.iter().any(|unjudged| unjudged.is(uid, pod)) {
+                due.push((uid.clone(), Note::Event { reason: FAILED, message: UNJUDGED.to_owned() }));
+            }
             if differs {
                 due.push((uid.clone(), Note::Status(wanted)));
+            }
+            match &pod.wrong_label {
+                Some(message) if self.told_labels.get(uid) != Some(message) => {
+                    due.push((uid.clone(), Note::Event { reason: LABEL, message: message.clone() }));
+                }
+                Some(_) => {}
+                None => drop(self.told_labels.remove(uid)),
             }
         }
         due
@@ -147,7 +170,7 @@ impl Board {
                 if now < since + PATIENCE {
                     return None;
                 }
-                ("NodemeshFailed", problem)
+                (FAILED, problem)
             }
             (Standing::Refused(_), _) => return None,
             (Standing::Enabled | Standing::Outside | Standing::Unclear, _) => {
@@ -165,17 +188,23 @@ impl Board {
         Some(Note::Event { reason, message: message.to_owned() })
     }
 
-    fn sent(&mut self, uid: Arc<str>, note: Note, well: bool, now: Instant) {
+    fn sent(&mut self, uid: &Arc<str>, pod: &NodePod, note: Note, well: bool, now: Instant) {
         if !well {
-            self.not_before.insert(uid, now + AGAIN);
+            self.not_before.insert(uid.clone(), now + AGAIN);
             return;
         }
         match note {
             Note::Status(value) => {
-                self.written.insert(uid, (value, now));
+                self.written.insert(uid.clone(), (value, now));
+            }
+            Note::Event { message, .. } if message == UNJUDGED => {
+                self.unjudged.retain(|unjudged| !unjudged.is(uid, pod));
+            }
+            Note::Event { reason: LABEL, message } => {
+                self.told_labels.insert(uid.clone(), message);
             }
             Note::Event { message, .. } => {
-                self.told.insert(uid, message);
+                self.told.insert(uid.clone(), message);
             }
         }
     }
@@ -190,23 +219,37 @@ async fn send(server: &ApiServer, node: &str, uid: &str, pod: &NodePod, note: &N
         }
         Note::Event { reason, message } => {
             let event = event(node, uid, pod, reason, message, SystemTime::now());
-            server.create(&Kind::EVENT, &pod.namespace, &event).await
+            match server.create(&Kind::EVENT, &pod.namespace, &event).await {
+                // What was said before and is news again; or the agent before said it.
+                Err(ApiError::Conflict { .. }) => recur(server, &pod.namespace, &event).await,
+                result => result,
+            }
         }
     };
     match result {
-        // The pod is gone or another; the Event was there from an earlier run.
+        // The pod is gone or another; the Event is just made or counted by another agent.
         Ok(_) | Err(ApiError::NotFound { .. } | ApiError::Conflict { .. }) => Ok(()),
         Err(e) => Err(e),
     }
 }
 
+/// Counts once more what `event` tells again. The agent has no right to read Events; the answer to a patch is one.
+async fn recur(server: &ApiServer, namespace: &str, event: &Value) -> Result<Value, ApiError> {
+    let name = event["metadata"]["name"].as_str().unwrap_or_default();
+    let seen = json!({"lastTimestamp": event["lastTimestamp"]});
+    let present = server.merge(&Kind::EVENT, namespace, name, "", &seen).await?;
+    let count = present["count"].as_u64().unwrap_or(1) + 1;
+    let version = &present["metadata"]["resourceVersion"];
+    let counted = json!({"metadata": {"resourceVersion": version}, "count": count});
+    server.merge(&Kind::EVENT, namespace, name, "", &counted).await
+}
+
 fn event(node: &str, uid: &str, pod: &NodePod, reason: &str, message: &str, now: SystemTime) -> Value {
-    // The same name for the same thing, so that a restart of the agent does not say it again.
+    // The same name for the same thing, so that what recurs, also after a restart of the agent, is one Event with a count.
     let mut hasher = DefaultHasher::new();
     (uid, reason, message).hash(&mut hasher);
     let name = format!("{}.{:016x}", shortened(&pod.name, LONGEST_NAME).trim_end_matches(['-', '.']), hasher.finish());
-    let now = Rfc3339(now).to_string();
-    let seconds = now.split('.').next().unwrap_or_default().to_owned() + "Z";
+    let seconds = seconds(now);
     json!({
         "apiVersion": "v1", "kind": "Event",
         "metadata": {"name": name, "namespace": &*pod.namespace},
@@ -225,12 +268,22 @@ fn shortened(text: &str, longest: usize) -> &str {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
+
+    use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+
     use super::*;
 
     const WHY: &str = "a pod in the host's network cannot be in the mesh";
 
     fn pods(standing: Standing, shown: Option<&str>) -> NodePods {
-        let pod = NodePod { namespace: "shop".into(), name: "web".into(), standing, shown: shown.map(str::to_owned) };
+        let pod = NodePod {
+            namespace: "shop".into(),
+            name: "web".into(),
+            standing,
+            shown: shown.map(str::to_owned),
+            ..NodePod::default()
+        };
         NodePods { pods: [("u".into(), pod)].into(), ..NodePods::default() }
     }
 
@@ -285,10 +338,10 @@ mod tests {
         let (mut board, now) = (Board::default(), Instant::now());
         let (pods, in_mesh) = (pods(Standing::Enabled, None), status(true, None));
         assert_eq!(due(&mut board, &pods, &in_mesh, now), annotation("enabled"));
-        board.sent("u".into(), annotation("enabled")[0].clone(), true, now);
+        board.sent(&"u".into(), &pods.pods["u"], annotation("enabled")[0].clone(), true, now);
         assert!(due(&mut board, &pods, &in_mesh, now).is_empty(), "the watch lags behind");
         assert_eq!(due(&mut board, &pods, &in_mesh, now + AGAIN), annotation("enabled"));
-        board.sent("u".into(), annotation("enabled")[0].clone(), false, now + AGAIN);
+        board.sent(&"u".into(), &pods.pods["u"], annotation("enabled")[0].clone(), false, now + AGAIN);
         assert!(due(&mut board, &pods, &in_mesh, now + AGAIN).is_empty(), "it failed: not at once again");
         assert_eq!(due(&mut board, &pods, &in_mesh, now + AGAIN * 2), annotation("enabled"));
     }
@@ -301,12 +354,40 @@ mod tests {
         let note = Note::Event { reason: "NodemeshFailed", message: "no certificate: x".into() };
         let later = now + PATIENCE;
         assert_eq!(due(&mut board, &pods, &failing, later), std::slice::from_ref(&note));
-        board.sent("u".into(), note.clone(), true, later);
+        board.sent(&"u".into(), &pods.pods["u"], note.clone(), true, later);
         assert!(due(&mut board, &pods, &failing, later + AGAIN).is_empty());
         // It went well, and fails again.
         due(&mut board, &pods, &status(true, None), later);
         assert!(due(&mut board, &pods, &failing, later).is_empty());
         assert_eq!(due(&mut board, &pods, &failing, later + PATIENCE), [note]);
+    }
+
+    #[test]
+    fn a_pod_that_nobody_judged_is_told_of_where_it_is_in_the_mesh() {
+        let unjudged = |name: &str| Unjudged { namespace: "shop".into(), name: name.into(), uid: "u".into() };
+        let mut board = Board { unjudged: vec![unjudged("web"), unjudged("other")], ..Board::default() };
+        let now = Instant::now();
+        assert!(due(&mut board, &pods(Standing::Outside, None), &[], now).is_empty());
+        let (pods, in_mesh) = (pods(Standing::Enabled, Some("enabled")), status(true, None));
+        let note = Note::Event { reason: FAILED, message: UNJUDGED.to_owned() };
+        assert_eq!(due(&mut board, &pods, &in_mesh, now), std::slice::from_ref(&note));
+        board.sent(&"u".into(), &pods.pods["u"], note, true, now);
+        assert!(due(&mut board, &pods, &in_mesh, now).is_empty(), "once");
+    }
+
+    #[test]
+    fn a_label_that_is_wrong_is_told_once() {
+        let (mut board, now) = (Board::default(), Instant::now());
+        let mut pods = pods(Standing::Outside, None);
+        let pod = pods.pods.get_mut("u").unwrap();
+        pod.wrong_label = Some("`on` is no mode".to_owned());
+        let notes = due(&mut board, &pods, &[], now);
+        let said = Note::Event { reason: LABEL, message: "`on` is no mode".to_owned() };
+        assert_eq!(notes, std::slice::from_ref(&said));
+        board.sent(&"u".into(), &pods.pods["u"], said, true, now);
+        assert_eq!(due(&mut board, &pods, &[], now), []);
+        pods.pods.get_mut("u").unwrap().wrong_label = Some("`of` is no mode".to_owned());
+        assert_eq!(due(&mut board, &pods, &[], now).len(), 1, "another value is news");
     }
 
     #[test]
@@ -318,5 +399,79 @@ mod tests {
         assert!(name.len() <= 253 && !name.contains(".."), "{name}");
         assert!(event["message"].as_str().unwrap().len() <= LONGEST_MESSAGE);
         assert_eq!(event["firstTimestamp"], "1970-01-01T00:00:00Z");
+    }
+
+    /// An API server with one Event, if it has one; what it was asked comes out.
+    async fn api_server(folder: &std::path::Path, event: Option<Value>) -> (ApiServer, Arc<Mutex<Vec<String>>>) {
+        crate::identity::install_provider();
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let config = folder.join("kubeconfig");
+        let text = json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "c",
+            "clusters": [{"name": "c", "cluster": {"server": format!("http://{address}")}}],
+            "users": [{"name": "u", "user": {}}],
+            "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
+        });
+        std::fs::write(&config, text.to_string()).unwrap();
+        let asked: Arc<Mutex<Vec<String>>> = Arc::default();
+        let log = asked.clone();
+        tokio::spawn(async move {
+            let mut event = event;
+            while let Ok((stream, _)) = listener.accept().await {
+                let mut stream = BufReader::new(stream);
+                let (mut head, mut length) = (String::new(), 0);
+                while !head.ends_with("\r\n\r\n") {
+                    let start = head.len();
+                    assert!(stream.read_line(&mut head).await.unwrap() > 0, "{head}");
+                    if let Some(value) = head[start..].to_ascii_lowercase().strip_prefix("content-length:") {
+                        length = value.trim().parse().unwrap();
+                    }
+                }
+                let mut body = vec![0; length];
+                stream.read_exact(&mut body).await.unwrap();
+                let body: Value = serde_json::from_slice(&body).unwrap();
+                let (status, answer) = match &mut event {
+                    None => {
+                        event = Some(body);
+                        ("201 Created", event.clone().unwrap())
+                    }
+                    Some(_) if head.starts_with("POST") => (
+                        "409 Conflict",
+                        json!({"kind": "Status", "status": "Failure", "reason": "AlreadyExists", "code": 409,
+                            "message": "it is there"}),
+                    ),
+                    Some(present) => {
+                        let (Value::Object(present), Value::Object(patch)) = (&mut *present, body) else { panic!() };
+                        present.extend(patch.into_iter().filter(|(key, _)| key != "metadata"));
+                        ("200 OK", Value::Object(present.clone()))
+                    }
+                };
+                log.lock().unwrap().push(format!("{} {answer}", head.split(' ').next().unwrap()));
+                let (answer, close) = (answer.to_string(), "connection: close\r\ncontent-type: application/json");
+                let text = format!("HTTP/1.1 {status}\r\n{close}\r\ncontent-length: {}\r\n\r\n{answer}", answer.len());
+                stream.write_all(text.as_bytes()).await.unwrap();
+            }
+        });
+        (ApiServer::connect(Some(&config), None).await.unwrap(), asked)
+    }
+
+    #[tokio::test]
+    async fn an_event_that_recurs_is_counted() {
+        let folder = tempfile::tempdir().unwrap();
+        let (server, asked) = api_server(folder.path(), None).await;
+        let pod = NodePod { namespace: "shop".into(), name: "web".into(), ..NodePod::default() };
+        let note = Note::Event { reason: FAILED, message: "no certificate".into() };
+        let mut counts = Vec::new();
+        for _ in 0..3 {
+            send(&server, "n1", "u", &pod, &note).await.unwrap();
+            let last = asked.lock().unwrap().last().unwrap().clone();
+            let (_, event) = last.split_once(' ').unwrap();
+            let event: Value = serde_json::from_str(event).unwrap();
+            assert!(event["lastTimestamp"].as_str() >= event["firstTimestamp"].as_str());
+            counts.push(event["count"].clone());
+        }
+        assert_eq!(counts, [1, 2, 3]);
+        assert!(asked.lock().unwrap().iter().all(|asked| !asked.starts_with("GET")), "it has no right to read Events");
     }
 }

@@ -1,16 +1,22 @@
 //! A real cluster, as `cargo xtask cluster` starts it, seen as its user sees it: with kubectl and meshctl.
 
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
 use std::io::Write;
 use std::net::{Ipv4Addr, UdpSocket};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 use crate::agent::meshctl_binary;
 use crate::capture::{Capture, DISCARD};
+use crate::cgroup::cgroup2_mount;
 use crate::netns::Netns;
 use crate::process::Process;
 use crate::wait::eventually;
@@ -173,6 +179,56 @@ impl Kube {
 
     fn fresh_log(&self, name: &str) -> PathBuf {
         self.logs.path().join(format!("{name}-{}.log", self.next.fetch_add(1, Ordering::Relaxed)))
+    }
+
+    /// Kills a program of a node, such as kubelet, and starts it again as it was started. It runs on after the test.
+    pub fn restart(&self, node: &str, program: &str) {
+        let record = self.place(node).join(format!("{program}.pid"));
+        let text = std::fs::read_to_string(&record).unwrap_or_else(|e| panic!("{program} of {node} does not run: {e}"));
+        let old = text.split(' ').next().and_then(|id| id.parse().ok()).expect("a record begins with a process id");
+        let proc = PathBuf::from(format!("/proc/{old}"));
+        let read =
+            |name: &str| std::fs::read(proc.join(name)).unwrap_or_else(|e| panic!("{program} has no {name}: {e}"));
+        let words = |bytes: Vec<u8>| -> Vec<OsString> {
+            bytes
+                .split(|b| *b == 0)
+                .filter(|word| !word.is_empty())
+                .map(|word| OsString::from_vec(word.to_vec()))
+                .collect()
+        };
+        let (arguments, variables) = (words(read("cmdline")), words(read("environ")));
+        let executable = std::fs::read_link(proc.join("exe")).expect("a process has a program");
+        let own = String::from_utf8_lossy(&read("cgroup")).into_owned();
+        let own = own.lines().find_map(|line| line.strip_prefix("0::/")).expect("a process has a cgroup");
+        let procs = cgroup2_mount().join(own).join("cgroup.procs");
+        let begun = |stat: &str| -> Option<String> {
+            let rest = stat.rsplit_once(')')?.1.trim_start();
+            (!rest.starts_with('Z')).then(|| rest.split_whitespace().nth(19).map(str::to_owned)).flatten()
+        };
+        let lives = |id: u32| std::fs::read_to_string(format!("/proc/{id}/stat")).ok().and_then(|stat| begun(&stat));
+        assert_eq!(lives(old).as_deref(), text.trim().split(' ').nth(1), "{program} of {node} is another process");
+        let pid = Pid::from_raw(old.cast_signed()).expect("a process id is not 0");
+        kill_process(pid, Signal::KILL).expect("it can be killed");
+        self.eventually(&format!("{program} of {node} is gone"), || lives(old).is_none());
+
+        let mut command = self.on_node(node, "sh");
+        command.args(["-c", "echo $$ > \"$1\" && shift && exec \"$@\"", "sh"]).arg(procs).arg(executable);
+        command.args(&arguments[1..]).env_clear();
+        for variable in &variables {
+            let text = variable.as_bytes();
+            if let Some(at) = text.iter().position(|b| *b == b'=') {
+                command.env(OsStr::from_bytes(&text[..at]), OsStr::from_bytes(&text[at + 1..]));
+            }
+        }
+        let log = self.place(node).join(format!("{program}.log"));
+        let log = File::options().append(true).open(log).expect("a program of the cluster has a log");
+        command.stdin(Stdio::null()).stderr(log.try_clone().expect("a file can be duplicated")).stdout(log);
+        let mut child = command.process_group(0).spawn().expect("it can be started as before");
+        let new = child.id();
+        // Should it end while this runs, it leaves nothing.
+        std::thread::spawn(move || child.wait());
+        let begun = lives(new).unwrap_or_else(|| panic!("{program} of {node} has ended at once"));
+        std::fs::write(record, format!("{new} {begun}\n")).expect("the cluster's folder can be written to");
     }
 
     /// What agents and controllers have said, by pod.

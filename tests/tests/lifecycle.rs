@@ -6,8 +6,8 @@ use std::net::{SocketAddr, TcpStream};
 use std::num::NonZero;
 use std::os::unix::fs::MetadataExt;
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
@@ -45,6 +45,7 @@ const CASES: &[Case<Lifecycle>] = &[
     ("case_37_a_full_map_denies_and_counts", case_37_a_full_map_denies_and_counts),
     ("case_44_older_connections_go_on_and_pods_leave_live", case_44_enrol_and_unenrol_live),
     ("case_44_a_label_off_and_on_again", case_44_a_label_off_and_on_again),
+    ("a_label_that_flutters_fails_no_call", a_label_that_flutters_fails_no_call),
     ("a_namespace_that_cannot_be_read_opens_nothing", a_namespace_that_cannot_be_read_opens_nothing),
     ("an_agent_that_ends_in_mid_transfer_resets", an_agent_that_ends_in_mid_transfer_resets),
     ("a_pod_label_goes_before_its_namespaces", a_pod_label_goes_before_its_namespaces),
@@ -236,6 +237,45 @@ fn case_44_a_label_off_and_on_again(l: &Lifecycle) {
         }
     }
     drop((kept, plain));
+    mesh.delete(client);
+    mesh.delete(server);
+}
+
+/// The two nodes hear of a label at different moments: what one of them still does as before must not fail at the other.
+fn a_label_that_flutters_fails_no_call(l: &Lifecycle) {
+    const TIMES: usize = 20;
+    let mesh = l.world.mesh();
+    mesh.manifests().label("flutter", MeshMode::Enabled);
+    let (client, server) = (mesh.pod("n1", "flutter/client"), mesh.pod("n2", "flutter/server"));
+    l.world.wait_enrolled(&[&client, &server]);
+    let to = SocketAddr::new(server.v4(), echo_in(&server));
+    let (done, calls) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let failed = Mutex::new(Vec::new());
+    thread::scope(|s| {
+        let _stop = SetOnDrop(&done);
+        for _ in 0..2 {
+            s.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    match call(&client, to) {
+                        Ok(_) => drop(calls.fetch_add(1, Ordering::Relaxed)),
+                        Err(e) => failed.lock().unwrap().push(e.to_string()),
+                    }
+                    // A bounded load: some hundred calls a second.
+                    thread::sleep(Duration::from_millis(5));
+                }
+            });
+        }
+        for time in 0..TIMES {
+            mesh.manifests().label("flutter", if time % 2 == 0 { MeshMode::Unset } else { MeshMode::Enabled });
+            let so_far = calls.load(Ordering::Relaxed);
+            // Half a second, whatever the machine does: that is what the label's owner does, not what is waited for.
+            thread::sleep(Duration::from_millis(500));
+            eventually(PATIENCE, "the load goes on", || calls.load(Ordering::Relaxed) > so_far);
+        }
+    });
+    let (calls, failed) = (calls.into_inner(), failed.into_inner().unwrap());
+    println!("{calls} calls went well and {} failed while the label changed {TIMES} times", failed.len());
+    assert!(failed.is_empty(), "of {calls} calls {} failed: {:?}", failed.len(), &failed[..failed.len().min(5)]);
     mesh.delete(client);
     mesh.delete(server);
 }

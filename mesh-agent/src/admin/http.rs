@@ -20,7 +20,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Semaphore;
 
 use super::AdminError;
-use crate::lifecycle::Readiness;
+use crate::lifecycle::{Liveness, Readiness};
 use crate::telemetry::Metrics;
 
 pub(super) type Page = Response<UnsyncBoxBody<Bytes, Infallible>>;
@@ -69,11 +69,11 @@ pub async fn serve_metrics(listener: TcpListener, metrics: Metrics) -> io::Resul
     .await
 }
 
-/// `/healthz/ready`, until the future is dropped.
-pub async fn serve_readiness(listener: TcpListener, readiness: Readiness) -> io::Result<()> {
+/// `/healthz/ready` and `/healthz/live`, until the future is dropped.
+pub async fn serve_health(listener: TcpListener, readiness: Readiness, liveness: Liveness) -> io::Result<()> {
     let listener = tokio::net::TcpListener::from_std(listener)?;
     serve(listener, move |request: Request<Incoming>| {
-        let waiting = readiness.waiting_for();
+        let (waiting, stuck, moving) = (readiness.waiting_for(), liveness.stuck(), liveness.moving());
         async move {
             match (request.method(), request.uri().path()) {
                 (&Method::GET | &Method::HEAD, "/healthz/ready") if waiting.is_empty() => {
@@ -82,8 +82,14 @@ pub async fn serve_readiness(listener: TcpListener, readiness: Readiness) -> io:
                 (&Method::GET | &Method::HEAD, "/healthz/ready") => {
                     text(StatusCode::SERVICE_UNAVAILABLE, format!("not ready: waiting for {}\n", waiting.join(", ")))
                 }
-                (_, "/healthz/ready") => not_allowed("GET, HEAD"),
-                (_, path) => not_found(path, &["/healthz/ready"]),
+                (&Method::GET | &Method::HEAD, "/healthz/live") if stuck.is_empty() => {
+                    text(StatusCode::OK, format!("live: {}\n", moving.join(", ")))
+                }
+                (&Method::GET | &Method::HEAD, "/healthz/live") => {
+                    text(StatusCode::SERVICE_UNAVAILABLE, format!("not live: no step of {}\n", stuck.join(", ")))
+                }
+                (_, "/healthz/ready" | "/healthz/live") => not_allowed("GET, HEAD"),
+                (_, path) => not_found(path, &["/healthz/ready", "/healthz/live"]),
             }
         }
     })

@@ -7,7 +7,7 @@ mod socket;
 mod state;
 pub mod views;
 
-pub use http::{bind, serve_metrics, serve_readiness};
+pub use http::{bind, serve_health, serve_metrics};
 pub use pages::serve_admin;
 pub use socket::AdminSocket;
 pub use state::AdminState;

@@ -15,7 +15,7 @@ use tokio::sync::watch;
 use super::*;
 use crate::enrollment::PodStatus;
 use crate::identity::CertificateInfo;
-use crate::lifecycle::Readiness;
+use crate::lifecycle::{Liveness, Readiness};
 use crate::model::{
     Action, AuthorizationPolicy, Endpoint, MtlsMode, MtlsModes, ObjectRef, Problem, Rule, Rules, ServicePort, Severity,
     Snapshot,
@@ -333,7 +333,7 @@ async fn readiness_says_what_is_waited_for() {
     let block = readiness.block("the first snapshot");
     let listener = bind("127.0.0.1:0".parse().unwrap(), "readiness", "--readiness-address").unwrap();
     let address = listener.local_addr().unwrap();
-    let task = tokio::spawn(serve_readiness(listener, readiness));
+    let task = tokio::spawn(serve_health(listener, readiness, Liveness::default()));
     let ask =
         async || exchange(tokio::net::TcpStream::connect(address).await.unwrap(), Method::GET, "/healthz/ready").await;
     assert_eq!(
@@ -342,6 +342,31 @@ async fn readiness_says_what_is_waited_for() {
     );
     drop(block);
     assert_eq!(ask().await, (StatusCode::OK, "ready\n".to_owned()));
+    task.abort();
+}
+
+#[tokio::test]
+async fn liveness_says_who_moves_and_who_does_not() {
+    let liveness = Liveness::default();
+    let (_control, worker) = (tokio::spawn(liveness.pulse("control").keep()), liveness.pulse("worker-0"));
+    let listener = bind("127.0.0.1:0".parse().unwrap(), "readiness", "--readiness-address").unwrap();
+    let address = listener.local_addr().unwrap();
+    let readiness = Readiness::default();
+    let _starting = readiness.block("the first snapshot");
+    let task = tokio::spawn(serve_health(listener, readiness, liveness));
+    let ask =
+        async || exchange(tokio::net::TcpStream::connect(address).await.unwrap(), Method::GET, "/healthz/live").await;
+    assert_eq!(ask().await, (StatusCode::OK, "live: control, worker-0\n".to_owned()), "also before it is ready");
+    tokio::time::pause();
+    tokio::time::advance(std::time::Duration::from_secs(31)).await;
+    // The control loop beats again before anybody is answered.
+    tokio::task::yield_now().await;
+    tokio::time::resume();
+    let (status, text) = ask().await;
+    assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE);
+    assert!(text.starts_with("not live: no step of worker-0 for 3") && !text.contains("control"), "{text}");
+    drop(worker);
+    assert_eq!(ask().await, (StatusCode::OK, "live: control\n".to_owned()));
     task.abort();
 }
 

@@ -3,17 +3,21 @@
 //! Comes in: the pod's service account, or a kubeconfig. Objects are plain JSON: `translate` reads what it needs of them,
 //! and a field that is wrong gets a Problem with its path, which generated types could not give.
 
+mod clock;
 mod error;
+mod event;
 mod kind;
 mod watch;
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use serde_json::Value;
 
+pub use clock::ServerClock;
 pub use error::ApiError;
+pub use event::Warning;
 pub use kind::Kind;
 pub use watch::{Change, watch};
 
@@ -53,6 +57,11 @@ impl ApiServer {
         self.client.clone()
     }
 
+    /// What `error` of another call with this client means; `what` was done.
+    pub fn error(&self, what: &str, error: kube::Error) -> ApiError {
+        ApiError::from_kube(&self.url, what, error)
+    }
+
     /// For sentences.
     pub fn url(&self) -> &str {
         &self.url
@@ -88,6 +97,20 @@ impl ApiServer {
                 _ => return Ok(objects),
             }
         }
+    }
+
+    /// Its clock, as an answer tells it. `None`: something on the way keeps that to itself.
+    pub async fn clock(&self) -> Result<Option<ServerClock>, ApiError> {
+        let failed = |e| ApiError::from_kube(&self.url, "get /version", e);
+        let request = http::Request::get("/version").body(kube::client::Body::empty());
+        let request = request.map_err(|e| ApiError::Other { what: "get /version".to_owned(), why: e.to_string() })?;
+        let asked = Instant::now();
+        let answer = match tokio::time::timeout(REQUEST_LIMIT, self.client.send(request)).await {
+            Ok(answer) => answer.map_err(failed)?,
+            Err(_) => return Ok(None),
+        };
+        let date = answer.headers().get(http::header::DATE).and_then(|date| date.to_str().ok());
+        Ok(date.and_then(|date| ServerClock::new(date, asked, Instant::now())))
     }
 
     pub async fn create(&self, kind: &Kind, namespace: &str, object: &Value) -> Result<Value, ApiError> {
@@ -178,7 +201,11 @@ impl ApiServer {
 
 async fn from_kubeconfig(file: Option<&Path>, context: Option<&str>) -> Result<kube::Config, ApiError> {
     let failed =
-        |e: kube::config::KubeconfigError| ApiError::Kubeconfig { path: file.map(PathBuf::from), why: e.to_string() };
+        // A parser's picture of the place does not fit into a sentence.
+        |e: kube::config::KubeconfigError| {
+            let why = e.to_string().lines().next().unwrap_or_default().to_owned();
+            ApiError::Kubeconfig { path: file.map(PathBuf::from), why }
+        };
     let kubeconfig = match file {
         Some(file) => Kubeconfig::read_from(file),
         None => Kubeconfig::read(),
@@ -206,5 +233,22 @@ mod tests {
     #[test]
     fn a_value_stays_one_value_in_a_query() {
         assert_eq!(escape("a=b,c in (d)&x"), "a%3Db%2Cc%20in%20%28d%29%26x");
+    }
+
+    #[tokio::test]
+    async fn a_token_that_cannot_be_sent_is_no_server_that_is_away() {
+        let folder = tempfile::tempdir().unwrap();
+        let (token, file) = (folder.path().join("token"), folder.path().join("config"));
+        std::fs::write(&token, "rub\nbish").unwrap();
+        let text = serde_json::json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "c",
+            "clusters": [{"name": "c", "cluster": {"server": "http://127.0.0.1:1"}}],
+            "users": [{"name": "u", "user": {"tokenFile": token}}],
+            "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
+        });
+        std::fs::write(&file, text.to_string()).unwrap();
+        let server = ApiServer::connect(Some(&file), None).await.unwrap();
+        let error = server.get(&Kind::POD, "a", "b").await.unwrap_err();
+        assert!(matches!(error, ApiError::Unauthorized { .. }), "{error}");
     }
 }

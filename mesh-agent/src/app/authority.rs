@@ -1,11 +1,13 @@
 //! Who signs the certificates of this node, as the settings say.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
+use futures_util::StreamExt;
 
-use crate::api_server::{ApiServer, Kind};
+use crate::api_server::{ApiServer, Change, Kind, watch};
 use crate::config::{self, CertificateAuthority, Source, Token};
 use crate::identity::{
     CA_ROOT, CA_ROOT_KEY, Ca, CaClient, CaClientOptions, CaOptions, CertificateOptions, Certificates, Clock, Credential,
@@ -36,12 +38,20 @@ pub(super) async fn certificates(config: &config::Node) -> anyhow::Result<Certif
                     roots_pem: trust_bundle(&config.source).await?,
                 },
             };
+            let given = match &credential {
+                Credential::ServiceAccount { roots_pem, .. } => Some(roots_pem.clone()),
+                Credential::Join { .. } | Credential::Istio { .. } => None,
+            };
             let client = CaClient::new(CaClientOptions {
                 addresses: addresses.clone(),
                 credential,
                 state_dir: config.state_dir.join("identity"),
                 deadline: CA_DEADLINE,
             })?;
+            if let (Some(given), Source::Kubernetes(kubernetes)) = (given, &config.source) {
+                let server = ApiServer::connect(kubernetes.kubeconfig.as_deref(), None).await?;
+                tokio::spawn(follow_trust_bundle(server, kubernetes.namespace.clone(), given, client.clone()));
+            }
             Ok(Certificates::remote(client, options))
         }
     }
@@ -71,6 +81,35 @@ async fn trust_bundle(source: &Source) -> anyhow::Result<String> {
             said = hindrance;
         }
         tokio::time::sleep(BUNDLE_RETRY).await;
+    }
+}
+
+/// Takes the roots whenever Kubernetes has others than it had. The controller tells of a change of its own, and in steps; this
+/// is for a CA that its owner has put in place of another, which no controller can tell of: who does not trust its root does
+/// not hear it.
+async fn follow_trust_bundle(server: ApiServer, namespace: String, mut known: String, client: Arc<CaClient>) {
+    let fields = format!("metadata.name={CA_ROOT}");
+    let mut changes = Box::pin(watch(&server, &Kind::CONFIG_MAP, Some(&namespace), &fields));
+    while let Some(change) = changes.next().await {
+        let map = match change {
+            Change::Listed(map) | Change::Applied(map) => map,
+            Change::Failed(e) => {
+                tracing::debug!("the trust bundle cannot be followed: {e}");
+                continue;
+            }
+            // The controller writes it anew.
+            Change::Begin | Change::Complete | Change::Deleted(_) => continue,
+        };
+        let roots = map["data"][CA_ROOT_KEY].as_str().unwrap_or_default();
+        if roots.is_empty() || roots == known {
+            continue;
+        }
+        roots.clone_into(&mut known);
+        match client.trust(roots) {
+            Ok(true) => tracing::info!("the roots of ConfigMap {namespace}/{CA_ROOT} are trusted from now on"),
+            Ok(false) => {}
+            Err(e) => tracing::warn!("{e}; the roots that are known stay in force"),
+        }
     }
 }
 

@@ -5,16 +5,19 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, anyhow};
+use arc_swap::ArcSwap;
+use tokio::sync::watch;
 
 use super::control_runtime;
+use super::live::Follower;
 use super::upkeep::log_problems;
-use crate::admin::{bind, serve_metrics, serve_readiness};
+use crate::admin::{bind, serve_health, serve_metrics};
 use crate::api_server::ApiServer;
-use crate::config::{self, Source};
+use crate::config::{self, Live, Source};
 use crate::controller;
 use crate::discovery;
 use crate::identity::{self, Ca, CaError, CaOptions, CaServerOptions, JoinTokens, TokenError, trusted_roots};
-use crate::lifecycle::{Readiness, Signals};
+use crate::lifecycle::{Liveness, Readiness, Signals};
 use crate::model::{SpiffeId, TrustDomain};
 use crate::telemetry::{Metrics, logging};
 use crate::translate::Settings;
@@ -26,14 +29,14 @@ const ROTATE_ROOT: &str = "rotate-root";
 const REQUEST_POLL: Duration = Duration::from_secs(1);
 
 /// `mesh-agent controller`: the CA of a mesh, until a signal ends it.
-pub fn run_controller(config: config::Controller) -> anyhow::Result<()> {
-    logging::init(&config.logging.filter, config.logging.format).map_err(|e| anyhow!(e))?;
+pub fn run_controller(config: config::Controller, live: Live) -> anyhow::Result<()> {
+    let log = logging::init(&config.logging.filter, config.logging.format).map_err(|e| anyhow!(e))?;
     identity::install_provider();
     let runtime = control_runtime()?;
     let result = runtime.block_on(async {
         match config.source.clone() {
             Source::Directory(directory) => standalone_controller(config, &directory).await,
-            Source::Kubernetes(kubernetes) => cluster_controller(config, kubernetes).await,
+            Source::Kubernetes(kubernetes) => cluster_controller(config, kubernetes, live, log).await,
         }
     });
     runtime.shutdown_timeout(Duration::from_secs(1));
@@ -73,7 +76,12 @@ async fn standalone_controller(config: config::Controller, directory: &Path) -> 
 }
 
 /// All that it knows is in the cluster; the state directory is looked at only for the secret of join tokens.
-async fn cluster_controller(config: config::Controller, kubernetes: config::Kubernetes) -> anyhow::Result<()> {
+async fn cluster_controller(
+    config: config::Controller,
+    kubernetes: config::Kubernetes,
+    live: Live,
+    log: logging::LogLevel,
+) -> anyhow::Result<()> {
     let mut signals = Signals::new().context("cannot wait for signals")?;
     let readiness_listener = bind(config.readiness_address, "readiness", "--readiness-address")?;
     let metrics_listener = bind(config.metrics_address, "metrics", "--metrics-address")?;
@@ -87,10 +95,39 @@ async fn cluster_controller(config: config::Controller, kubernetes: config::Kube
         Err(e) => return Err(e.into()),
     };
     let readiness = Readiness::default();
+    let (change, changing) = watch::channel(what_changes(&config));
+    let follower = Follower {
+        server: server.clone(),
+        namespace: kubernetes.namespace.clone(),
+        workload: ("deployment", controller::SERVICE),
+        live,
+        read: Live::controller,
+        present: Arc::new(ArcSwap::from_pointee(config.clone())),
+        keep: None,
+        apply: Box::new(move |config, problems| {
+            for problem in problems {
+                tracing::warn!("{problem}");
+            }
+            if log.get() != config.logging.filter
+                && let Err(e) = log.set(&config.logging.filter)
+            {
+                tracing::error!("{e}");
+            }
+            change.send_if_modified(|known| {
+                let next = what_changes(config);
+                let news = *known != next;
+                *known = next;
+                news
+            });
+        }),
+    };
+    tokio::spawn(follower.run());
+    let liveness = Liveness::default();
+    tokio::spawn(liveness.pulse("control").keep());
     let inputs = controller::Inputs {
         server,
         namespace: kubernetes.namespace,
-        settings: controller_settings(&config),
+        changing,
         ca: ca_options(&config),
         poll: ROOTS_POLL,
         ca_listener,
@@ -109,9 +146,13 @@ async fn cluster_controller(config: config::Controller, kubernetes: config::Kube
     tokio::select! {
         biased;
         outcome = &mut serving => Ok(outcome?),
-        outcome = serve_readiness(readiness_listener, readiness) => Ok(outcome?),
+        outcome = serve_health(readiness_listener, readiness, liveness) => Ok(outcome?),
         outcome = serve_metrics(metrics_listener, Metrics::new()) => Ok(outcome?),
     }
+}
+
+fn what_changes(config: &config::Controller) -> controller::Changing {
+    controller::Changing { settings: controller_settings(config), lifetime: config.cert_lifetime }
 }
 
 fn controller_settings(config: &config::Controller) -> Settings {

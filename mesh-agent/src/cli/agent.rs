@@ -4,7 +4,8 @@ use std::ffi::OsString;
 use std::io::Write;
 
 use super::args::{Wish, parse};
-use super::cleanup::cleanup;
+use super::cleanup::{cleanup, remove_folders};
+use super::facts;
 use crate::app;
 use crate::config::Machine;
 
@@ -12,8 +13,12 @@ pub(super) fn run(args: impl IntoIterator<Item = OsString>) -> anyhow::Result<()
     match parse(args, |name| std::env::var(name).ok(), &Machine::here())? {
         Wish::Show(text) => Ok(write!(std::io::stdout(), "{text}")?),
         Wish::Node(config, live) => app::run_node(*config, *live),
-        Wish::Cleanup(config) => cleanup(&config, &mut std::io::stdout()),
-        Wish::Controller(config) => app::run_controller(config),
+        Wish::Cleanup(config, folders) => {
+            cleanup(&config, &mut std::io::stdout())?;
+            remove_folders(&folders, &mut std::io::stdout())
+        }
+        Wish::Facts(config) => facts::tell(&config, &mut std::io::stdout()),
+        Wish::Controller(config, live) => app::run_controller(*config, *live),
         Wish::Token { controller, node, ttl } => {
             Ok(writeln!(std::io::stdout(), "{}", app::join_token(controller, &node, ttl)?)?)
         }

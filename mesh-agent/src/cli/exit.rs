@@ -1,10 +1,11 @@
 //! How a command ends: exit codes as sysexits.h has them, and an error as one sentence on stderr.
 
-use std::io;
+use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 
+use super::meshctl::{terminal_width, wrap};
 use crate::admin::AdminError;
 use crate::api_server::ApiError;
 use crate::config::ConfigError;
@@ -60,7 +61,12 @@ pub(super) fn report(program: &str, result: anyhow::Result<()>) -> ExitCode {
         // `meshctl ... | head` has seen enough: no fault.
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("{program}: {}", sentence(&error));
+            let text = format!("{program}: {}", sentence(&error));
+            // On a terminal no word is torn; what reads a pipe gets one line.
+            match io::stderr().is_terminal() {
+                true => eprintln!("{}", wrap(&text, terminal_width(), 2)),
+                false => eprintln!("{text}"),
+            }
             ExitCode::from(code(&error) as u8)
         }
     }
@@ -88,6 +94,7 @@ fn of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<Exit> {
             ApiError::NoConfig(_) | ApiError::Kubeconfig { .. } => Exit::Usage,
             ApiError::Unauthorized { .. } | ApiError::Forbidden { .. } => Exit::NoPermission,
             ApiError::Unreachable { .. }
+            | ApiError::Untrusted { .. }
             | ApiError::NotFound { .. }
             | ApiError::Conflict { .. }
             | ApiError::Refused { .. }

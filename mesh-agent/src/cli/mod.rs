@@ -5,6 +5,7 @@ mod agent;
 mod args;
 mod cleanup;
 mod exit;
+mod facts;
 mod meshctl;
 
 pub use exit::{Exit, Failure};

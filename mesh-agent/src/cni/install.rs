@@ -209,7 +209,7 @@ pub fn uninstall(conf_dir: &Path, bin_dir: &Path) -> Result<Vec<String>, Install
 }
 
 /// All configurations, in the order in which container runtimes look for the first.
-fn configurations(folder: &Path) -> Result<Vec<PathBuf>, InstallError> {
+pub(super) fn configurations(folder: &Path) -> Result<Vec<PathBuf>, InstallError> {
     let failed = |source| InstallError::Folder { path: folder.to_owned(), source };
     let mut found = Vec::new();
     for entry in fs::read_dir(folder).map_err(failed)? {
@@ -222,7 +222,7 @@ fn configurations(folder: &Path) -> Result<Vec<PathBuf>, InstallError> {
     Ok(found)
 }
 
-fn is_list(path: &Path) -> bool {
+pub(super) fn is_list(path: &Path) -> bool {
     has_extension(path, LIST)
 }
 

@@ -7,17 +7,23 @@
 //! and entry into the node's folders, `conflist` edits the text of the entry's file.
 
 mod conflist;
+mod freshness;
 mod install;
 mod json;
+mod look;
 mod members;
 pub mod plugin;
 mod protocol;
 mod server;
 mod spec;
+mod unjudged;
 
+pub use freshness::AskForNamespace;
 pub use install::{InstallError, Installer, Layout, uninstall};
+pub use look::{CniFacts, Configuration, look};
 pub use members::keep_members;
 pub use server::{CniServer, Inputs};
+pub use unjudged::take_unjudged;
 
 /// The plugin's name: of its file, and of the type of its entry.
 pub const PLUGIN: &str = "mesh-cni";

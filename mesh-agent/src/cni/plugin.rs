@@ -1,7 +1,8 @@
 //! The plugin: one call of the container runtime, from its environment and standard input to an answer on standard output.
 //!
 //! A pod that is not in the mesh is never held up: where no agent answers at all it starts at once, and an agent that takes
-//! the question but says nothing gets `FIRST_WORD`. A pod that is in the mesh waits for the agent, also for one that comes
+//! the question but says nothing gets `FIRST_WORD`. One that ends without an answer has handed over, and the next is asked,
+//! which is there in a moment; within the same time. A pod that is in the mesh waits for the agent, also for one that comes
 //! back meanwhile, up to the entry's `timeoutSeconds`; then ADD fails, and kubelet tries again by itself. STATUS is good
 //! without an agent too: what is not would make the runtime refuse every pod of the node. CHECK fails only where an agent
 //! says so, DEL and GC never: the agent also notices by itself what is gone.
@@ -17,6 +18,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 use super::members::Members;
 use super::protocol::{Answer, Attachment, Command, MAX_LINE, Request, Said, line};
 use super::spec::{Environment, Fault, Network, Pod, versions};
+use super::unjudged;
 
 /// No configuration is larger.
 const MAX_INPUT: u64 = 4 * 1024 * 1024;
@@ -26,6 +28,8 @@ const FIRST_WORD: Duration = Duration::from_secs(2);
 const COURTESY: Duration = Duration::from_secs(1);
 /// Between two tries to reach an agent.
 const RETRY: Duration = Duration::from_millis(100);
+/// The same where one has just handed over.
+const NEXT: Duration = Duration::from_millis(20);
 /// The agent is to say what hinders it before the plugin gives up.
 const MARGIN: Duration = Duration::from_millis(500);
 
@@ -110,10 +114,14 @@ fn attachment(environment: &Environment, network: &Network, pod: &Pod) -> Attach
 }
 
 fn add(network: &Network, pod: &Pod, mut attachment: Attachment, first_word: Duration) -> Result<(), Fault> {
-    let deadline = Instant::now() + network.timeout();
-    let mut in_mesh = Members::read(&network.members).is_some_and(|members| members.has(pod));
+    let start = Instant::now();
+    let deadline = start + network.timeout();
+    let mut known = Members::read(&network.members);
+    let mut in_mesh = known.as_ref().is_some_and(|members| members.has(pod));
+    let mut cut = false;
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
+        let first_word = (start + first_word).saturating_duration_since(Instant::now());
         attachment.wait = u64::try_from(left.saturating_sub(MARGIN).as_millis()).unwrap_or(u64::MAX);
         let first = if in_mesh { left } else { left.min(first_word) };
         let request = Request::new(Command::Add(attachment.clone()));
@@ -122,9 +130,25 @@ fn add(network: &Network, pod: &Pod, mut attachment: Attachment, first_word: Dur
             Ok(Said::Unknown) => "it is of another version".to_owned(),
             Ok(Said::Outside | Said::Enrolled | Said::Waiting | Said::Done) => return Ok(()),
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => "no answer".to_owned(),
-            Err(e) => e.to_string(),
+            Err(e) => {
+                use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+                cut |= matches!(e.kind(), UnexpectedEof | ConnectionReset | BrokenPipe);
+                e.to_string()
+            }
         };
+        if !in_mesh && cut && !first_word.is_zero() {
+            std::thread::sleep(NEXT.min(first_word));
+            continue;
+        }
+        if !in_mesh && cut {
+            // The one that has come may have written it meanwhile.
+            known = Members::read(&network.members);
+            in_mesh = known.as_ref().is_some_and(|members| members.has(pod));
+        }
         if !in_mesh {
+            if known.is_none() {
+                start_unjudged(network, pod);
+            }
             return Ok(());
         }
         if deadline.saturating_duration_since(Instant::now()) <= RETRY {
@@ -138,6 +162,20 @@ fn add(network: &Network, pod: &Pod, mut attachment: Attachment, first_word: Dur
         }
         std::thread::sleep(RETRY);
     }
+}
+
+/// Nobody can say whether the pod is in the mesh.
+fn start_unjudged(network: &Network, pod: &Pod) {
+    let noted = unjudged::note(&network.members, pod);
+    let outcome = match noted {
+        Ok(()) => "the agent tells of it when it is back".to_owned(),
+        Err(e) => format!("that cannot be noted for the agent either: {e}"),
+    };
+    // Some runtimes log it.
+    eprintln!(
+        "{pod} starts without the mesh: no agent answers, and {} cannot be read; {outcome}",
+        network.members.display()
+    );
 }
 
 fn check(network: &Network, attachment: Attachment) -> Result<(), Fault> {

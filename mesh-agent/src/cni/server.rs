@@ -3,11 +3,13 @@
 //! What comes in is where the pod's network is and which addresses it has; both are handed on at once, to enrolment and to
 //! discovery, which do the rest as for any other pod. Then it is only looked at what becomes of it. A pod that the watch has
 //! not come to yet is waited for a moment and then asked for by name; where the API server does not know either, its
-//! namespace decides, as it does for the plugin without an agent.
+//! namespace decides, as it does for the plugin without an agent. Before a pod is let go as one outside of the mesh, its
+//! namespace is known afresh (`freshness`).
 
 use std::collections::HashMap;
 use std::io;
 use std::net::IpAddr;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -18,19 +20,24 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::net::unix::OwnedWriteHalf;
 use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until, timeout};
 
+use super::freshness::{AskForNamespace, Freshness};
 use super::protocol::{Answer, Attachment, Command, MAX_LINE, Request, Said, VERSION, line};
 use crate::api_server::ApiError;
 use crate::discovery::Hints;
 use crate::enrollment::{NetnsId, Places, PodStatus};
-use crate::lifecycle::PrivateSocket;
+use crate::lifecycle::{KeptFile, PrivateSocket};
 use crate::model::{NodePod, NodePods, Standing};
 
 /// How long the watch may lag behind kubelet before the API server is asked.
 const LAG: Duration = Duration::from_millis(400);
-/// How long it may take to answer. Together they leave time before the plugin stops waiting for a first word.
-const ASK: Duration = Duration::from_secs(1);
+/// How long it may take to answer. Together, and with what it takes to read a Namespace, they leave time before the plugin
+/// stops waiting for a first word.
+const ASK: Duration = Duration::from_millis(700);
+/// How long what it answered may take to become known.
+const TAKE: Duration = Duration::from_millis(300);
 /// For a question to be written.
 const QUESTION: Duration = Duration::from_secs(5);
 /// No plugin waits longer.
@@ -48,6 +55,7 @@ pub struct Inputs {
     pub places: Arc<Places>,
     pub hints: Hints,
     pub ask_for_pod: AskForPod,
+    pub ask_for_namespace: AskForNamespace,
 }
 
 /// Answers plugins for as long as it runs.
@@ -67,6 +75,7 @@ struct Desk {
     inputs: Inputs,
     /// By container.
     sandboxes: Mutex<HashMap<String, Sandbox>>,
+    namespaces: Freshness,
 }
 
 /// What has been told of a sandbox, to be taken back when it is gone.
@@ -80,26 +89,39 @@ struct Sandbox {
 }
 
 impl CniServer {
-    /// The node's lock is held: whoever had the socket before is gone, or leaves.
-    pub fn bind(path: &Path, inputs: Inputs) -> Result<Self, SocketError> {
-        let socket =
-            PrivateSocket::bind(path).map_err(|source| SocketError { path: path.display().to_string(), source })?;
-        Ok(Self { socket, desk: Arc::new(Desk { inputs, sandboxes: Mutex::default() }) })
+    /// The node's lock is held: whoever had the socket before is gone, or leaves. `handed` is what it has left of it.
+    pub fn bind(path: &Path, handed: Option<PrivateSocket>, inputs: Inputs) -> Result<Self, SocketError> {
+        let failed = |source| SocketError { path: path.display().to_string(), source };
+        let socket = match handed {
+            Some(socket) => socket,
+            None => PrivateSocket::bind(path).map_err(failed)?,
+        };
+        Ok(Self {
+            socket,
+            desk: Arc::new(Desk { inputs, sandboxes: Mutex::default(), namespaces: Freshness::default() }),
+        })
     }
 
-    /// Until it is dropped.
+    /// Another descriptor of the socket, for the next agent, and what keeps its file there.
+    pub fn to_hand_over(&self) -> io::Result<(OwnedFd, KeptFile)> {
+        Ok((self.socket.std().try_clone()?.into(), self.socket.kept()))
+    }
+
+    /// Until it is dropped. Questions that are open then end without an answer, so that the next agent is asked at once.
     pub async fn run(self) {
         let listener = match self.socket.listener() {
             Ok(listener) => listener,
             Err(e) => return tracing::error!("the CNI plugin's socket cannot be served: {e}"),
         };
         let places = Arc::new(Semaphore::new(AT_ONCE));
+        let mut questions = JoinSet::new();
         loop {
+            while questions.try_join_next().is_some() {}
             let Ok(place) = places.clone().acquire_owned().await else { return };
             match listener.accept().await {
                 Ok((stream, _)) => {
                     let desk = self.desk.clone();
-                    tokio::spawn(async move {
+                    questions.spawn(async move {
                         desk.serve(stream).await;
                         drop(place);
                     });
@@ -153,22 +175,26 @@ impl Desk {
     }
 
     async fn add(&self, asked: &Attachment, write: &mut OwnedWriteHalf) -> Said {
-        let Inputs { node_pods, statuses, ask_for_pod, hints, .. } = &self.inputs;
+        let Inputs { node_pods, statuses, ask_for_pod, ask_for_namespace, hints, .. } = &self.inputs;
         let (mut node_pods, mut statuses) = (node_pods.clone(), statuses.clone());
         let pod = format!("pod {}/{}", asked.namespace, asked.name);
         let wait = Duration::from_millis(asked.wait).min(LONGEST);
         let start = Instant::now();
         let mut uid = asked.uid.clone();
         let mut told = if uid.is_empty() { None } else { Some(self.tell(asked, &uid)) };
-        let (mut api_asked, mut waiting) = (false, false);
+        let (mut api_asked, mut is_fresh, mut waiting) = (false, false, false);
         loop {
             let now = node_pods.borrow_and_update().clone();
             let enrolled = statuses.borrow_and_update().clone();
             let lagging = start.elapsed() < LAG;
             let known = find(&now, asked, &uid);
+            let in_mesh = now.enabled_namespaces.contains(asked.namespace.as_str());
             let hindrance = match known {
                 Some((known_uid, NodePod { standing: Standing::Enabled, .. })) => {
-                    if told.is_none() {
+                    // The uid of a static pod is another in the API.
+                    if told.is_none() || **known_uid != *uid {
+                        self.gone(|container| *container == asked.container);
+                        uid = known_uid.to_string();
                         told = Some(self.tell(asked, known_uid));
                     }
                     let netns = match &told {
@@ -189,28 +215,41 @@ impl Desk {
                         status => Some(hindrance(status)),
                     }
                 }
-                Some((_, NodePod { standing: Standing::Outside | Standing::Refused(_), .. })) => return Said::Outside,
-                // Its namespace may be on the way.
+                Some((_, NodePod { standing: Standing::Refused(_), .. })) => return Said::Outside,
+                // The label may be on the way, or the Namespace itself.
+                Some((_, NodePod { standing: Standing::Outside | Standing::Unclear, .. })) if !is_fresh && !in_mesh => {
+                    is_fresh = true;
+                    self.namespaces.renew(ask_for_namespace, hints, &asked.namespace).await;
+                    continue;
+                }
+                Some((_, NodePod { standing: Standing::Outside, .. })) => return Said::Outside,
                 Some((_, NodePod { standing: Standing::Unclear, .. })) if lagging => None,
                 Some((_, NodePod { standing: Standing::Unclear, .. })) => return Said::Outside,
                 None if lagging => None,
                 None if !api_asked => {
                     api_asked = true;
-                    let answer = timeout(ASK, ask_for_pod(asked.namespace.clone(), asked.name.clone())).await;
+                    let renew = async {
+                        if !is_fresh && !in_mesh {
+                            self.namespaces.renew(ask_for_namespace, hints, &asked.namespace).await;
+                        }
+                    };
+                    let ask = timeout(ASK, ask_for_pod(asked.namespace.clone(), asked.name.clone()));
+                    let ((), answer) = tokio::join!(renew, ask);
+                    is_fresh = true;
                     if let Ok(Ok(Some(found))) = answer
                         && let Some(its_uid) = uid_if_it_is(&found, &uid)
                     {
-                        // The uid of a static pod is another in the API.
                         if its_uid != uid {
                             self.gone(|container| *container == asked.container);
                         }
                         told = Some(self.tell(asked, &its_uid));
                         uid = its_uid;
-                        hints.found(found);
+                        // Where that takes long, what is known decides.
+                        let _ = timeout(TAKE, hints.found(found)).await;
                     }
                     continue;
                 }
-                None if now.enabled_namespaces.contains(asked.namespace.as_str()) => {
+                None if in_mesh => {
                     Some("the API server has not told of it yet, see whether it can be reached".to_owned())
                 }
                 None => return Said::Outside,
@@ -292,11 +331,12 @@ async fn say(write: &mut OwnedWriteHalf, said: Said) {
 }
 
 fn find<'a>(pods: &'a NodePods, asked: &Attachment, uid: &str) -> Option<(&'a Arc<str>, &'a NodePod)> {
-    if !uid.is_empty() {
-        return pods.pods.get_key_value(uid);
+    if let Some(known) = pods.pods.get_key_value(uid) {
+        return Some(known);
     }
-    let mut named = pods.pods.iter();
-    named.find(|(_, pod)| *pod.namespace == *asked.namespace && *pod.name == *asked.name)
+    let mut named = pods.pods.iter().filter(|(_, pod)| *pod.namespace == *asked.namespace && *pod.name == *asked.name);
+    // The runtime may give none; of a static pod it gives that of its file.
+    named.find(|(_, pod)| uid.is_empty() || pod.static_uid.as_deref() == Some(uid))
 }
 
 fn hindrance(status: Option<&PodStatus>) -> String {

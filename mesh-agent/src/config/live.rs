@@ -1,9 +1,10 @@
-//! Settings that change while the agent runs: the ConfigMap `nodemesh`, read again under the same flags and variables.
+//! Settings that change while agent or controller run: the ConfigMap `nodemesh`, read again under the same flags and
+//! variables.
 
-use super::{ConfigError, Machine, Node, Written};
+use super::{ConfigError, Controller, Logging, Machine, Node, Role, Setting, Written};
 
-/// What takes effect at once; for all else the agent must be started again.
-const LIVE: [&str; 11] = [
+/// What takes effect at once in an agent; for all else it must be started again.
+const NODE: [&str; 11] = [
     "log",
     "access-log",
     "drain-timeout",
@@ -17,6 +18,9 @@ const LIVE: [&str; 11] = [
     "probe-cgroup",
 ];
 
+/// And in a controller.
+const CONTROLLER: [&str; 5] = ["log", "cert-lifetime", "cluster-domain", "root-namespace", "istio-labels"];
+
 /// How the settings of this process came about, but for the file.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Live {
@@ -27,11 +31,11 @@ pub struct Live {
     written: Written,
 }
 
-/// What a text of settings would change.
+/// What a text of settings would change of an agent's, or a controller's.
 #[derive(Debug)]
-pub struct Changed {
+pub struct Changed<C> {
     /// All that can be changed now is.
-    pub node: Node,
+    pub now: C,
     /// Names of settings that wait for a restart.
     pub waiting: Vec<&'static str>,
 }
@@ -43,13 +47,11 @@ impl Live {
     }
 
     /// Reads `text`, which stands in `file`; `node` is what is in force. An error leaves everything as it is.
-    pub fn read(&mut self, file: &str, text: &str, node: &Node) -> Result<Changed, ConfigError> {
-        let mut written = self.laid.clone();
-        written.parse(file, text)?;
+    pub fn node(&mut self, file: &str, text: &str, node: &Node) -> Result<Changed<Node>, ConfigError> {
+        let written = self.written(file, text)?;
         let next = Node::check(&written, &self.machine)?;
-        let waiting = self.written.differing(&written).filter(|name| !LIVE.contains(name)).collect();
-        let node = Node {
-            logging: super::Logging { filter: next.logging.filter, format: node.logging.format },
+        let now = Node {
+            logging: Logging { filter: next.logging.filter, format: node.logging.format },
             access_log: next.access_log,
             drain_timeout: next.drain_timeout,
             upgrade_drain: next.upgrade_drain,
@@ -62,14 +64,46 @@ impl Live {
             probe_cgroup: next.probe_cgroup,
             ..node.clone()
         };
-        Ok(Changed { node, waiting })
+        Ok(Changed { now, waiting: self.waiting(&written, Role::Node, &NODE) })
+    }
+
+    /// The same of a controller.
+    pub fn controller(
+        &mut self,
+        file: &str,
+        text: &str,
+        controller: &Controller,
+    ) -> Result<Changed<Controller>, ConfigError> {
+        let written = self.written(file, text)?;
+        let next = Controller::check(&written)?;
+        let now = Controller {
+            logging: Logging { filter: next.logging.filter, format: controller.logging.format },
+            cert_lifetime: next.cert_lifetime,
+            cluster_domain: next.cluster_domain,
+            root_namespace: next.root_namespace,
+            istio_labels: next.istio_labels,
+            ..controller.clone()
+        };
+        Ok(Changed { now, waiting: self.waiting(&written, Role::Controller, &CONTROLLER) })
+    }
+
+    fn written(&self, file: &str, text: &str) -> Result<Written, ConfigError> {
+        let mut written = self.laid.clone();
+        written.parse(file, text)?;
+        Ok(written)
+    }
+
+    /// Settings of `role` that differ from those at the start, but for those that are `live`.
+    fn waiting(&self, written: &Written, role: Role, live: &[&str]) -> Vec<&'static str> {
+        let concerns = |name: &str| Setting::named(name).is_some_and(|setting| setting.roles.contains(&role));
+        self.written.differing(written).filter(|name| concerns(name) && !live.contains(name)).collect()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Origin, Setting};
+    use crate::config::Origin;
     use crate::model::OutboundPolicy;
 
     fn live(file: &str) -> (Live, Node) {
@@ -88,19 +122,30 @@ mod tests {
     fn what_can_change_does_and_the_rest_waits() {
         let (mut live, node) = live("workers: 2\nlog: info\n");
         let text = "workers: 3\nlog: debug\noutboundPolicy: REGISTRY_ONLY\nistioLabels: false\n";
-        let Changed { node, waiting } = live.read("map", text, &node).unwrap();
-        assert_eq!((node.logging.filter.as_str(), node.outbound_policy), ("debug", OutboundPolicy::RegistryOnly));
-        assert_eq!((waiting, node.workers), (vec!["workers"], 2));
-        assert!(node.istio_labels, "a flag stands above the file");
-        let back = live.read("map", "workers: 2\n", &node).unwrap();
-        assert_eq!((back.waiting, back.node.logging.filter.as_str()), (vec![], "info"));
+        let Changed { now, waiting } = live.node("map", text, &node).unwrap();
+        assert_eq!((now.logging.filter.as_str(), now.outbound_policy), ("debug", OutboundPolicy::RegistryOnly));
+        assert_eq!((waiting, now.workers), (vec!["workers"], 2));
+        assert!(now.istio_labels, "a flag stands above the file");
+        let back = live.node("map", "workers: 2\n", &now).unwrap();
+        assert_eq!((back.waiting, back.now.logging.filter.as_str()), (vec![], "info"));
+    }
+
+    #[test]
+    fn each_role_follows_what_concerns_it() {
+        let (mut live, node) = live("trustDomain: a.example\n");
+        let controller = Controller::check(&live.written).unwrap();
+        let text = "trustDomain: b.example\nlisten: 127.0.0.1:1\nworkers: 3\ncertLifetime: 1h\nrootNamespace: mesh\n";
+        let Changed { now, waiting } = live.controller("map", text, &controller).unwrap();
+        assert_eq!((now.cert_lifetime.as_secs(), now.root_namespace.as_str()), (3600, "mesh"));
+        assert_eq!((waiting, now.trust_domain.to_string().as_str()), (vec!["listen", "trust-domain"], "a.example"));
+        assert_eq!(live.node("map", text, &node).unwrap().waiting, ["workers", "trust-domain"], "it listens nowhere");
     }
 
     #[test]
     fn a_wrong_text_is_one_sentence() {
         let (mut live, node) = live("");
         let error =
-            |live: &mut Live, text: &str| live.read("ConfigMap x/nodemesh", text, &node).unwrap_err().to_string();
+            |live: &mut Live, text: &str| live.node("ConfigMap x/nodemesh", text, &node).unwrap_err().to_string();
         assert!(error(&mut live, "workres: 3").starts_with("ConfigMap x/nodemesh: line 1: unknown setting `workres`"));
         assert!(
             error(&mut live, "log: loud").contains("log in ConfigMap x/nodemesh: `loud`"),

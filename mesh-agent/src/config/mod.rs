@@ -16,7 +16,7 @@ pub use checked::{
 pub use live::{Changed, Live};
 pub use table::{Kind, Role, SETTINGS, Setting};
 pub use value::{dns_name as node_name, duration, written_duration};
-pub use written::{Origin, Written};
+pub use written::{LAST_GOOD_SETTINGS, Origin, Written};
 
 /// One sentence about one setting: where it was written, what is wrong, what to write.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -10,6 +10,9 @@ use serde_saphyr::Spanned;
 
 use super::{ConfigError, Kind, SETTINGS, Setting};
 
+/// In the state directory: the settings of ConfigMap `nodemesh` that were in force last.
+pub const LAST_GOOD_SETTINGS: &str = "last-good-settings.yaml";
+
 /// The weaker first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Origin {
@@ -40,6 +43,24 @@ impl Written {
         let text = std::fs::read_to_string(path)
             .map_err(|e| ConfigError(format!("cannot read the settings file {}: {}", path.display(), io_reason(&e))))?;
         self.parse(&path.display().to_string(), &text)
+    }
+
+    /// Reads the settings file of a node, over which flags and variables lie already. In Kubernetes it is of a ConfigMap; where
+    /// that is gone, what was last good on this node counts.
+    pub fn read_of_node(&mut self, path: &Path) -> Result<(), ConfigError> {
+        if path.exists() || self.get("source") != Some("kubernetes") {
+            return self.read(path);
+        }
+        let state = Setting::named("state-dir").map(|setting| setting.default).unwrap_or_default();
+        let kept = Path::new(self.get("state-dir").unwrap_or(state)).join(LAST_GOOD_SETTINGS);
+        if kept.exists() {
+            return self.read(&kept);
+        }
+        Err(ConfigError(format!(
+            "there is no settings file {}, so ConfigMap nodemesh is gone, and no last good settings are on this node: put it \
+             back with `meshctl upgrade`",
+            path.display()
+        )))
     }
 
     /// As `read`, of a text that was read already.

@@ -37,11 +37,19 @@ pub const SERVICE: &str = "nodemesh-controller";
 
 const DRAIN: Duration = Duration::from_secs(5);
 
+/// Settings that may change while a controller runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Changing {
+    pub settings: Settings,
+    /// The longest life of a certificate.
+    pub lifetime: Duration,
+}
+
 pub struct Inputs {
     pub server: ApiServer,
     /// Where the mesh is installed.
     pub namespace: String,
-    pub settings: Settings,
+    pub changing: watch::Receiver<Changing>,
     /// `state_dir` is not looked at.
     pub ca: CaOptions,
     /// How often nodes ask for the roots.
@@ -62,7 +70,7 @@ pub async fn run(inputs: Inputs, stop: impl Future<Output = ()>) -> Result<(), C
     let Inputs {
         server,
         namespace,
-        settings,
+        changing,
         ca,
         poll,
         ca_listener,
@@ -76,7 +84,7 @@ pub async fn run(inputs: Inputs, stop: impl Future<Output = ()>) -> Result<(), C
     let (stopping, stopped) = watch::channel(false);
     let place = Place::new(server.clone(), &namespace, ca);
     let (seen, mut secret) = watch::channel(None);
-    let scheduled = Scheduled::new(settings.clone());
+    let scheduled = Scheduled::new(changing.borrow().settings.clone());
     // Dropped with this future, which ends all of them.
     let mut beside = JoinSet::new();
     beside.spawn({
@@ -90,7 +98,8 @@ pub async fn run(inputs: Inputs, stop: impl Future<Output = ()>) -> Result<(), C
         });
     }
     let (opened, open) = watch::channel(None::<Arc<Ca>>);
-    let leader = Leader { server: server.clone(), settings, place: place.clone(), secret: secret.clone(), ca: open };
+    beside.spawn(take_settings(changing.clone(), scheduled.clone(), place.clone(), open.clone()));
+    let leader = Leader { server: server.clone(), changing, place: place.clone(), secret: secret.clone(), ca: open };
     let election = tokio::spawn({
         let election = Election::new(server.clone(), &namespace, &me);
         let mut stopped = stopped.clone();
@@ -162,7 +171,7 @@ pub async fn rotate_root(server: &ApiServer, namespace: &str) -> Result<String, 
 #[derive(Clone)]
 struct Leader {
     server: ApiServer,
-    settings: Settings,
+    changing: watch::Receiver<Changing>,
     place: Place,
     secret: watch::Receiver<secret::Seen>,
     ca: watch::Receiver<Option<Arc<Ca>>>,
@@ -171,7 +180,7 @@ struct Leader {
 impl Leader {
     /// Writes until it is dropped. All in this one future, so that nothing of it goes on when the Lease is lost.
     async fn lead(self) -> Infallible {
-        let Self { server, settings, place, secret, mut ca } = self;
+        let Self { server, changing, place, secret, mut ca } = self;
         let with_ca = async {
             let ca = match ca.wait_for(Option::is_some).await.map(|ca| ca.clone()) {
                 Ok(Some(ca)) => ca,
@@ -184,8 +193,31 @@ impl Leader {
         };
         tokio::select! {
             never = place.lead(secret) => never,
-            never = status::keep(&server, &settings) => never,
+            never = status::keep(&server, changing) => never,
             never = with_ca => never,
+        }
+    }
+}
+
+/// Puts settings in force as they change, until it is dropped.
+async fn take_settings(
+    mut changing: watch::Receiver<Changing>,
+    scheduled: Arc<Scheduled>,
+    place: Place,
+    mut ca: watch::Receiver<Option<Arc<Ca>>>,
+) {
+    loop {
+        let Changing { settings, lifetime } = changing.borrow_and_update().clone();
+        scheduled.set(settings);
+        place.allow(lifetime);
+        if let Some(ca) = &*ca.borrow_and_update() {
+            ca.set_lifetime(lifetime);
+        }
+        // Ends of channels live elsewhere, and longer.
+        tokio::select! {
+            Ok(()) = changing.changed() => {}
+            Ok(()) = ca.changed() => {}
+            else => return,
         }
     }
 }

@@ -5,6 +5,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use serde_json::Value;
 use tokio::sync::watch;
 
@@ -19,7 +20,7 @@ const PATIENCE: Duration = Duration::from_secs(1);
 type PodName = (String, String);
 
 pub struct Scheduled {
-    settings: Settings,
+    settings: ArcSwap<Settings>,
     state: Mutex<State>,
     changed: watch::Sender<u64>,
 }
@@ -49,18 +50,24 @@ pub enum Of {
 impl Scheduled {
     pub fn new(settings: Settings) -> Arc<Self> {
         let (changed, _) = watch::channel(0);
-        Arc::new(Self { settings, state: Mutex::default(), changed })
+        Arc::new(Self { settings: ArcSwap::from_pointee(settings), state: Mutex::default(), changed })
+    }
+
+    /// Goes over to other settings. A trust domain stays what it was.
+    pub fn set(&self, settings: Settings) {
+        self.settings.store(Arc::new(settings));
+        self.changed.send_modify(|count| *count += 1);
     }
 
     /// Takes what was heard of pods or namespaces.
     pub fn take(&self, of: Of, change: Change) {
-        let mut state = self.state();
+        let (settings, mut state) = (self.settings.load(), self.state());
         match change {
             Change::Begin => state.listed[of as usize].seen.clear(),
             Change::Listed(value) => {
                 let name = name_of(&value);
                 state.listed[of as usize].seen.insert(name.clone());
-                state.put(&self.settings, of, name, value);
+                state.put(&settings, of, name, value);
             }
             Change::Complete => {
                 let seen = std::mem::take(&mut state.listed[of as usize].seen);
@@ -70,7 +77,7 @@ impl Scheduled {
             Change::Applied(value) => {
                 let name = name_of(&value);
                 state.listed[of as usize].seen.insert(name.clone());
-                state.put(&self.settings, of, name, value);
+                state.put(&settings, of, name, value);
             }
             Change::Deleted(value) => state.remove(of, &name_of(&value)),
             // What was known stays.
@@ -101,10 +108,10 @@ impl Scheduled {
     }
 
     fn runs_now(&self, node: &str, identity: &SpiffeId) -> bool {
-        let state = self.state();
+        let (settings, state) = (self.settings.load(), self.state());
         let mut pods = state.nodes.get(node).into_iter().flat_map(HashMap::values);
         pods.any(|pod| {
-            pod.identity == *identity && pod.is_enrolled(&self.settings, state.namespaces.get(&pod.namespace).copied())
+            pod.identity == *identity && pod.is_enrolled(&settings, state.namespaces.get(&pod.namespace).copied())
         })
     }
 
@@ -216,6 +223,27 @@ mod tests {
         scheduled.take(Of::Namespaces, Change::Applied(namespace("enabeld")));
         assert!(scheduled.runs_on("n1", &id("web")).await, "the last good label stays in force");
         scheduled.take(Of::Namespaces, Change::Applied(namespace("disabled")));
+        assert!(!scheduled.runs_on("n1", &id("web")).await);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn istio_labels_count_from_the_moment_they_are_to_be_read() {
+        let scheduled = scheduled();
+        let labelled = json!({
+            "apiVersion": "v1", "kind": "Namespace",
+            "metadata": {"name": "shop", "labels": {"istio.io/dataplane-mode": "ambient"}},
+        });
+        scheduled.take(Of::Namespaces, Change::Applied(labelled));
+        assert!(!scheduled.runs_on("n1", &id("web")).await);
+        let asking = tokio::spawn({
+            let scheduled = scheduled.clone();
+            async move { scheduled.runs_on("n1", &id("web")).await }
+        });
+        tokio::time::sleep(PATIENCE / 2).await;
+        let settings = Settings::new(TrustDomain::new("cluster.local").unwrap());
+        scheduled.set(Settings { istio_labels: true, ..settings.clone() });
+        assert!(asking.await.unwrap(), "an agent may have heard of it first");
+        scheduled.set(settings);
         assert!(!scheduled.runs_on("n1", &id("web")).await);
     }
 

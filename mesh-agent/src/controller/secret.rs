@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -12,8 +13,9 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 
 use super::Said;
-use crate::api_server::{ApiError, ApiServer, Change, Kind};
+use crate::api_server::{ApiError, ApiServer, Change, Kind, Warning};
 use crate::identity::{CA_ROOT, CA_ROOT_KEY, Ca, CaOptions, Document};
+use crate::telemetry::clock::seconds;
 
 pub const CA_SECRET: &str = "nodemesh-ca";
 /// An annotation of the Secret, with any value: the leader changes the root, and takes the annotation away.
@@ -29,6 +31,8 @@ pub struct Held {
     pub document: Document,
     pub rotate: bool,
     version: String,
+    /// The Secret's metadata, without what it holds.
+    about: Value,
 }
 
 /// What is known of the Secret: nothing yet, that there is none, or what it holds.
@@ -42,11 +46,22 @@ pub struct Place {
     pub options: CaOptions,
     /// What signs now, so that a Secret that is deleted by mistake can be written back.
     good: Arc<Mutex<Option<Document>>>,
+    /// The longest life, in milliseconds, that a certificate may have got since this controller started: as long, an old root
+    /// stays trusted.
+    longest: Arc<AtomicU64>,
 }
 
 impl Place {
     pub fn new(server: ApiServer, namespace: &str, options: CaOptions) -> Self {
-        Self { server, namespace: namespace.to_owned(), options, good: Arc::default() }
+        let place =
+            Self { server, namespace: namespace.to_owned(), options, good: Arc::default(), longest: Arc::default() };
+        place.allow(place.options.lifetime);
+        place
+    }
+
+    /// Certificates may live as long from now on.
+    pub fn allow(&self, lifetime: Duration) {
+        self.longest.fetch_max(u64::try_from(lifetime.as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
     }
 
     fn is_good(&self, document: &Document) {
@@ -71,6 +86,7 @@ impl Place {
             document: Document::new(&self.name(), keys),
             rotate: value["metadata"]["annotations"].get(ROTATE_ROOT).is_some(),
             version: text("/metadata/resourceVersion"),
+            about: json!({"metadata": value["metadata"]}),
         }
     }
 
@@ -101,7 +117,10 @@ impl Place {
                             self.is_good(&held.document);
                             return ca;
                         }
-                        Err(e) => said.error(&format!("the CA cannot be used, so nothing is signed: {e}")),
+                        Err(e) => {
+                            let sentence = format!("the CA cannot be used, so nothing is signed: {e}");
+                            self.refuse(&held, &sentence, &mut said).await;
+                        }
                     }
                 }
                 Some(_) => said.warn(&format!("{} is not there yet; the controller that leads makes it", self.name())),
@@ -114,19 +133,28 @@ impl Place {
 
     /// Keeps `ca` equal to the Secret. What is broken, or gone, leaves it as it is.
     pub async fn keep(&self, ca: &Ca, mut seen: watch::Receiver<Seen>) -> Infallible {
-        let mut said = Said::default();
+        let (mut said, mut wrong) = (Said::default(), false);
         loop {
-            if seen.changed().await.is_err() {
-                std::future::pending::<Infallible>().await;
+            tokio::select! {
+                changed = seen.changed() => if changed.is_err() {
+                    std::future::pending::<Infallible>().await;
+                },
+                // It may only not be valid yet.
+                () = tokio::time::sleep(LOOK), if wrong => {}
             }
             let now = seen.borrow_and_update().clone();
+            wrong = false;
             match now {
                 Some(Some(held)) => match ca.take(&held.document) {
                     Ok(()) => {
                         self.is_good(&held.document);
                         said.clear();
                     }
-                    Err(e) => said.error(&format!("the CA signs on as before, for what was changed is wrong: {e}")),
+                    Err(e) => {
+                        wrong = true;
+                        let sentence = format!("the CA signs on as before, for what was changed is wrong: {e}");
+                        self.refuse(&held, &sentence, &mut said).await;
+                    }
                 },
                 Some(None) => said.error(&format!(
                     "{} has been deleted: the controller that leads writes it back; to begin with a new root, stop all \
@@ -135,6 +163,22 @@ impl Place {
                 )),
                 None => {}
             }
+        }
+    }
+
+    /// Says it in the log and on the Secret, once.
+    async fn refuse(&self, held: &Held, sentence: &str, said: &mut Said) {
+        said.error(sentence);
+        let warning = Warning {
+            kind: "Secret",
+            object: &held.about,
+            reason: "NodemeshCaRefused",
+            message: sentence,
+            component: super::SERVICE,
+            time: &seconds(self.options.clock.now()),
+        };
+        if let Err(e) = self.server.warn(warning).await {
+            tracing::debug!("no Event can be written: {e}");
         }
     }
 
@@ -181,7 +225,8 @@ impl Place {
             tracing::info!("{} {done}", self.name());
             return Ok(());
         };
-        let (lifetime, announce) = (self.options.lifetime, self.options.announce);
+        let lifetime = Duration::from_millis(self.longest.load(Ordering::Relaxed));
+        let announce = self.options.announce;
         let next = held.document.next(domain, lifetime, announce, held.rotate, now);
         if held.rotate && next.is_err() {
             // It would be refused for ever.

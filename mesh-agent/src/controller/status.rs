@@ -14,10 +14,10 @@ use futures_util::stream;
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
-use super::Said;
+use super::{Changing, Said};
 use crate::api_server::{ApiError, ApiServer, Change, Kind};
 use crate::model::{Problem, Severity};
-use crate::telemetry::clock::Rfc3339;
+use crate::telemetry::clock::seconds;
 use crate::translate::{Memory, Object, Settings, judge, translate};
 
 pub const CONDITION: &str = "nodemesh.io/Accepted";
@@ -51,7 +51,7 @@ struct Due {
 }
 
 /// Writes until it is dropped.
-pub async fn keep(server: &ApiServer, settings: &Settings) -> Infallible {
+pub async fn keep(server: &ApiServer, mut changing: watch::Receiver<Changing>) -> Infallible {
     let policies = Mutex::new(Policies::default());
     let (changed, mut heard) = watch::channel(());
     let take = |kind: usize, change: Change| {
@@ -62,7 +62,8 @@ pub async fn keep(server: &ApiServer, settings: &Settings) -> Infallible {
         let mut said = Said::default();
         loop {
             heard.borrow_and_update();
-            let due = policies.lock().unwrap_or_else(PoisonError::into_inner).due(settings, SystemTime::now());
+            let settings = changing.borrow_and_update().settings.clone();
+            let due = policies.lock().unwrap_or_else(PoisonError::into_inner).due(&settings, SystemTime::now());
             let answers: Vec<Option<ApiError>> = stream::iter(due)
                 .map(|Due { name: (kind, namespace, name), patch }| async move {
                     server.merge(&KINDS[kind], &namespace, &name, "/status", &patch).await.err()
@@ -83,12 +84,13 @@ pub async fn keep(server: &ApiServer, settings: &Settings) -> Infallible {
                     }
                 }
             }
-            match failed {
-                true => drop(tokio::time::timeout(RETRY, heard.changed()).await),
-                false => {
-                    said.clear();
-                    let _ = heard.changed().await;
-                }
+            if !failed {
+                said.clear();
+            }
+            tokio::select! {
+                _ = heard.changed() => {}
+                Ok(()) = changing.changed() => {}
+                () = tokio::time::sleep(RETRY), if failed => {}
             }
             tokio::time::sleep(QUIET).await;
         }
@@ -185,12 +187,6 @@ fn patch(object: &Value, problems: &[&Problem], now: SystemTime) -> Option<Value
     // With the version: a list that somebody has changed meanwhile must not be written over.
     let version = &object["metadata"]["resourceVersion"];
     Some(json!({"metadata": {"resourceVersion": version}, "status": {"conditions": all}}))
-}
-
-/// A condition's time has no fraction.
-fn seconds(now: SystemTime) -> String {
-    let text = Rfc3339(now).to_string();
-    text.split_once('.').map_or(text.clone(), |(seconds, _)| format!("{seconds}Z"))
 }
 
 fn message(problems: &[&Problem]) -> String {

@@ -1,4 +1,5 @@
-//! What the CNI plugin knows of a pod before the API server does: its addresses, and that it is there at all.
+//! What is known of a pod before the watch says it: its addresses, by the CNI plugin; that it is there at all, and what its
+//! namespace is, by a request of its own.
 //!
 //! A pod's status has addresses only when kubelet has started it; its first packet may come before. A hint counts until
 //! the API server has addresses of its own. Those of a sandbox before this one do not count as such: a pod whose sandbox is
@@ -9,7 +10,7 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 use super::kubernetes::Word;
 
@@ -36,8 +37,10 @@ pub(super) enum Hint {
         uid: String,
         addresses: Vec<IpAddr>,
     },
-    /// The pod as the API server gave it when asked for it alone.
-    Found(Value),
+    /// The pod as the API server gave it when asked for it alone; who told it waits for the end of the sender.
+    Found(Value, oneshot::Sender<()>),
+    /// The same of a Namespace.
+    Namespace(Value, oneshot::Sender<()>),
 }
 
 impl Hints {
@@ -64,9 +67,22 @@ impl Hints {
         self.send(Hint::Withdrawn { namespace, name, uid, addresses: addresses.to_vec() });
     }
 
-    /// The API server has this pod, whatever the watch says; it counts where the watch has not come to it yet.
-    pub fn found(&self, pod: Value) {
-        self.send(Hint::Found(pod));
+    /// The API server has this pod, whatever the watch says; it counts where the watch has not come to it yet. When this
+    /// returns, it is known.
+    pub async fn found(&self, pod: Value) {
+        self.wait(|done| Hint::Found(pod, done)).await;
+    }
+
+    /// The API server has this Namespace; it counts where the watch has not come to it yet. When this returns, it is known.
+    pub async fn namespace(&self, namespace: Value) {
+        self.wait(|done| Hint::Namespace(namespace, done)).await;
+    }
+
+    async fn wait(&self, hint: impl FnOnce(oneshot::Sender<()>) -> Hint) {
+        let (done, ended) = oneshot::channel();
+        self.send(hint(done));
+        // Nothing is ever sent: it ends when all is published, or with the source.
+        let _ = ended.await;
     }
 }
 

@@ -15,11 +15,12 @@ use std::time::{Duration, Instant};
 use futures_util::StreamExt;
 use serde_json::Value;
 use tokio::runtime::Runtime;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 use super::hints::{self, Held, Hint};
 use super::of_source;
 use super::store::Publisher;
+use super::versions::Versions;
 use crate::api_server::{ApiError, ApiServer, Change, Kind, watch};
 use crate::model::{Problem, Severity};
 use crate::translate::{Live, Name, Object, Settings, Table};
@@ -41,6 +42,8 @@ const WAITING: usize = 4;
 
 /// The annotation that this agent writes, and compares with what it should be.
 const SHOWN: &str = "nodemesh.io/status";
+/// By which uid the kubelet knows a static pod.
+const MIRROR: &str = "kubernetes.io/config.mirror";
 
 /// What is read from the API. Of each group the version that all releases of the last years serve.
 const KINDS: &[(Kind, Table)] = &[
@@ -120,6 +123,7 @@ pub(super) fn follow(
         if changed {
             let start = Instant::now();
             cluster.publish(publisher);
+            cluster.waiting.clear();
             rested = Instant::now() + (start.elapsed() * REST).min(LONGEST_REST);
         }
     }
@@ -138,6 +142,10 @@ pub(super) struct Cluster {
     /// The pods of this node as they are in force.
     own: BTreeMap<Name, Value>,
     hints: Held,
+    /// Of Namespaces, which are also told by hints.
+    versions: Versions,
+    /// Those who wait until what they have told is published.
+    waiting: Vec<oneshot::Sender<()>>,
 }
 
 #[derive(Default)]
@@ -161,6 +169,8 @@ impl Cluster {
             of_settings: Vec::new(),
             own: BTreeMap::new(),
             hints: Held::default(),
+            versions: Versions::default(),
+            waiting: Vec::new(),
         }
     }
 
@@ -172,6 +182,7 @@ impl Cluster {
             let now = Instant::now();
             let left = match first {
                 None => TICK,
+                Some(_) if !self.waiting.is_empty() => return Some(true),
                 Some(first) => (first + PATIENCE).min(now + QUIET).max(rested).saturating_duration_since(now),
             };
             if left.is_zero() {
@@ -181,6 +192,10 @@ impl Cluster {
                 Ok(Some(word)) => {
                     if self.hear(word) {
                         first.get_or_insert_with(Instant::now);
+                    }
+                    if first.is_none() {
+                        // Nothing new, and nothing on its way.
+                        self.waiting.clear();
                     }
                 }
                 Ok(None) => return None,
@@ -226,16 +241,32 @@ impl Cluster {
                 })
             }
             // Where there is no hint any more, the pod has gone meanwhile.
-            Hint::Found(mut pod) if self.hints.has(hints::uid(&pod)) => {
+            Hint::Found(mut pod, told) => {
+                self.waiting.push(told);
+                let expected = self.hints.has(hints::uid(&pod));
                 self.hints.adorn(&mut pod);
-                let is_new = object(pod.clone()).is_some_and(|o| !self.live.has(Table::Pod, &name(&o)));
-                is_new.then_some(pod)
+                let is_new = || object(pod.clone()).is_some_and(|o| !self.live.has(Table::Pod, &name(&o)));
+                (expected && is_new()).then_some(pod)
             }
-            Hint::Found(_) => None,
+            Hint::Namespace(namespace, told) => {
+                self.waiting.push(told);
+                return self.take_namespace(namespace);
+            }
         };
         let Some(object) = pod.and_then(object) else { return false };
         self.put(&object);
         self.kinds.iter().zip(KINDS).any(|(listed, (_, table))| *table == Table::Pod && listed.known)
+    }
+
+    /// One that was asked for alone.
+    fn take_namespace(&mut self, namespace: Value) -> bool {
+        let version = Versions::of(&namespace);
+        let Some(object) = object(namespace).filter(|o| o.kind() == "Namespace") else { return false };
+        let is_new = self.versions.is_newer(&name(&object), version);
+        if is_new {
+            self.put(&object);
+        }
+        is_new
     }
 
     fn put(&mut self, object: &Object) {
@@ -265,6 +296,10 @@ impl Cluster {
             Change::Deleted(pod) if table == Table::Pod => self.hints.forget(hints::uid(pod)),
             _ => {}
         }
+        let version = match &change {
+            Change::Listed(value) | Change::Applied(value) | Change::Deleted(value) => Versions::of(value),
+            Change::Begin | Change::Complete | Change::Failed(_) => None,
+        };
         let listed = &mut self.kinds[index];
         if !matches!(change, Change::Failed(_)) {
             listed.failure = None;
@@ -280,17 +315,24 @@ impl Cluster {
                 if let Some(missing) = &mut listed.missing {
                     missing.remove(&name(&object));
                 }
+                if table == Table::Namespace && !self.versions.follows(&name(&object), version) {
+                    return false;
+                }
                 self.put(&object);
                 known
             }
             Change::Complete => {
                 listed.known = true;
                 let gone = listed.missing.take().unwrap_or_default();
+                gone.iter().filter(|_| table == Table::Namespace).for_each(|name| self.versions.forget(name));
                 gone.into_iter().for_each(|name| self.remove(table, name));
                 true
             }
             Change::Deleted(value) => {
                 let Some(object) = object(value) else { return false };
+                if table == Table::Namespace && !self.versions.ends(&name(&object), version) {
+                    return false;
+                }
                 self.remove(table, name(&object));
                 known
             }
@@ -395,7 +437,7 @@ fn trim(pod: &mut Value) {
         }
     };
     // Others are any pod owner's to write, and could name another's network namespace.
-    keep("/metadata/annotations", &[SHOWN]);
+    keep("/metadata/annotations", &[SHOWN, MIRROR]);
     let spec = ["nodeName", "serviceAccountName", "serviceAccount", "hostNetwork", "runtimeClassName", "containers"];
     keep("/spec", &spec);
     keep("/status", &["phase", "podIP", "podIPs", "conditions"]);
@@ -414,7 +456,7 @@ mod tests {
 
     use super::super::store::Published;
     use super::*;
-    use crate::model::{Snapshot, TrustDomain};
+    use crate::model::{Snapshot, Standing, TrustDomain};
 
     fn pod(name: &str, ip: &str) -> Value {
         json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "namespace": "shop", "uid": name,
@@ -600,7 +642,8 @@ mod tests {
         };
         // The hint first, as when the watch lags behind; then the pod, asked for alone.
         assert!(!test.hear(Word::Hint(hint())));
-        assert!(test.hear(Word::Hint(Hint::Found(starting.clone()))));
+        let found = |pod: &Value| Word::Hint(Hint::Found(pod.clone(), oneshot::channel().0));
+        assert!(test.hear(found(&starting)));
         assert_eq!(of(&test), ["10.0.0.1"]);
         test.take(POD, Change::Applied(starting.clone()));
         assert_eq!(of(&test), ["10.0.0.1"], "the watch has none yet");
@@ -617,8 +660,67 @@ mod tests {
         // A pod that is gone stays so.
         test.hear(Word::Hint(hint()));
         test.take(POD, Change::Deleted(starting.clone()));
-        assert!(!test.hear(Word::Hint(Hint::Found(starting))));
+        assert!(!test.hear(found(&starting)));
         assert!(of(&test).is_empty());
+    }
+
+    fn namespace(version: &str, mode: &str) -> Value {
+        json!({"apiVersion": "v1", "kind": "Namespace",
+            "metadata": {"name": "shop", "resourceVersion": version, "labels": {"nodemesh.io/mode": mode}}})
+    }
+
+    #[test]
+    fn a_namespace_that_was_asked_for_counts_until_the_watch_is_as_far() {
+        const NAMESPACE: usize = 0;
+        let mut test = Test::known();
+        test.take(NAMESPACE, Change::Applied(namespace("5", "disabled")));
+        test.take(POD, Change::Applied(pod("a", "10.0.0.1")));
+        let asked = |version: &str, mode: &str| {
+            let (told, _) = oneshot::channel();
+            Word::Hint(Hint::Namespace(namespace(version, mode), told))
+        };
+        let in_mesh = |test: &Test| test.published.node_pods.borrow().pods["a"].standing == Standing::Enabled;
+        assert!(!test.hear(asked("4", "enabled")), "a late answer");
+        assert!(!in_mesh(&test));
+        assert!(test.hear(asked("9", "enabled")));
+        assert!(in_mesh(&test));
+        for older in [Change::Applied(namespace("7", "disabled")), Change::Deleted(namespace("8", "disabled"))] {
+            test.take(NAMESPACE, older);
+            assert!(in_mesh(&test), "the watch is behind");
+        }
+        test.take(NAMESPACE, Change::Applied(namespace("9", "enabled")));
+        assert!(in_mesh(&test));
+        test.take(NAMESPACE, Change::Applied(namespace("10", "disabled")));
+        assert!(!in_mesh(&test));
+        // A list that lacks it is its end.
+        test.take(NAMESPACE, Change::Begin);
+        test.take(NAMESPACE, Change::Complete);
+        assert!(test.published.node_pods.borrow().enabled_namespaces.is_empty());
+        assert!(test.hear(asked("12", "enabled")));
+        assert!(in_mesh(&test), "it was made anew");
+    }
+
+    #[test]
+    fn who_tells_of_a_namespace_waits_until_it_is_published() {
+        let mut test = Test::known();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let (tell, others) = mpsc::unbounded_channel();
+        let (_changes, changes) = mpsc::channel(1);
+        let mut ears = Ears { changes, others };
+        // A publication before it took so long that the next has to wait.
+        let rested = Instant::now() + Duration::from_secs(600);
+        for (version, is_new) in [("5", true), ("5", false)] {
+            let (told, mut known) = oneshot::channel();
+            tell.send(Word::Hint(Hint::Namespace(namespace(version, "enabled"), told))).unwrap();
+            let changed = test.cluster.wait(&runtime, &mut ears, rested);
+            if is_new {
+                assert_eq!(changed, Some(true));
+                assert_eq!(known.try_recv(), Err(oneshot::error::TryRecvError::Empty));
+                test.cluster.publish(&test.publisher);
+                test.cluster.waiting.clear();
+            }
+            assert_eq!(known.try_recv(), Err(oneshot::error::TryRecvError::Closed));
+        }
     }
 
     #[test]
@@ -636,6 +738,20 @@ mod tests {
         }
         test.take(POD, Change::Deleted(pod("a", "10.0.0.1")));
         assert!(test.cluster.own.is_empty());
+    }
+
+    #[test]
+    fn of_a_static_pod_it_is_known_how_the_node_calls_it() {
+        let hash = "0123456789abcdef0123456789abcdef";
+        let mut test = Test::known();
+        for (said, known) in
+            [(hash, Some(hash)), ("3c1b8a52-1f0e-4a0d-9d3e-6d1f0c0a7b11", None), (&hash[1..], None), ("", None)]
+        {
+            let mut mirror = pod("a", "10.0.0.1");
+            mirror["metadata"]["annotations"] = json!({MIRROR: said});
+            test.take(POD, Change::Applied(mirror));
+            assert_eq!(test.published.node_pods.borrow().pods["a"].static_uid.as_deref(), known, "{said}");
+        }
     }
 
     #[test]

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::lifecycle::files;
+use crate::lifecycle::{Pen, files};
 use crate::model::{ObjectRef, Problem, Severity};
 use crate::translate::Object;
 
@@ -33,6 +33,7 @@ pub(super) struct Known {
 /// Keeps the file up to date.
 pub(super) struct LastGood {
     path: Option<PathBuf>,
+    pen: Pen,
     directory: String,
     /// What the file holds; `None` where that is not known.
     kept: Option<(Vec<Object>, Vec<Object>)>,
@@ -59,7 +60,7 @@ struct Entry {
 
 impl LastGood {
     /// Reads the file. One that is missing is none; one that is of no use is a Problem.
-    pub fn open(path: Option<PathBuf>, directory: &Path) -> (Self, Known) {
+    pub fn open(path: Option<PathBuf>, pen: Pen, directory: &Path) -> (Self, Known) {
         let directory = directory.display().to_string();
         let (known, unread) = match path.as_deref().map(|path| (path, read(path, &directory))) {
             None => (Known::default(), None),
@@ -71,7 +72,7 @@ impl LastGood {
                 (Known::default(), Some(problem(path, message)))
             }
         };
-        (Self { path, directory, kept: None, unread, unwritten: None }, known)
+        (Self { path, pen, directory, kept: None, unread, unwritten: None }, known)
     }
 
     pub fn problems(&self) -> impl Iterator<Item = Problem> {
@@ -79,7 +80,8 @@ impl LastGood {
     }
 
     /// Writes the file if anything is not as it holds it. Where it cannot be written, the old one goes: the next agent
-    /// would take it for the last word, and it may say less than the policies that are in force.
+    /// would take it for the last word, and it may say less than the policies that are in force. Nothing is done where another
+    /// agent keeps it.
     pub fn keep<'a>(&mut self, read: &[Object], good: impl Iterator<Item = &'a Object>) {
         let Some(path) = &self.path else { return };
         let present: BTreeMap<_, _> = read.iter().rev().map(|object| (object.key(), object)).collect();
@@ -88,11 +90,18 @@ impl LastGood {
         if self.kept.as_ref().is_some_and(|(r, g)| same(r, read) && same(g, &good)) {
             return;
         }
-        match write(path, &self.directory, read, &good) {
-            Ok(()) => (self.kept, self.unwritten) = (Some((read.to_vec(), good)), None),
-            Err(why) => {
+        let written = self.pen.write(|| {
+            let written = write(path, &self.directory, read, &good);
+            if written.is_err() {
                 // It may be missing already.
                 let _ = std::fs::remove_file(path);
+            }
+            written
+        });
+        match written {
+            None => {}
+            Some(Ok(())) => (self.kept, self.unwritten) = (Some((read.to_vec(), good)), None),
+            Some(Err(why)) => {
                 let message = format!("{why}; until then a restart forgets what was last good");
                 (self.kept, self.unwritten) = (None, Some(problem(path, message)));
             }
@@ -197,7 +206,7 @@ mod tests {
     fn a_file_that_cannot_be_written_is_a_problem_and_leaves_no_older_one() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("state/good.json");
-        let (mut last_good, _) = LastGood::open(Some(path.clone()), Path::new("/mesh"));
+        let (mut last_good, _) = LastGood::open(Some(path.clone()), Pen::default(), Path::new("/mesh"));
         last_good.keep(&pod(), std::iter::empty());
         assert!(path.exists());
         assert_eq!(last_good.problems().count(), 0);

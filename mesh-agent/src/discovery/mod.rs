@@ -9,6 +9,7 @@ mod hints;
 mod kubernetes;
 mod last_good;
 mod store;
+mod versions;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc};
@@ -19,6 +20,7 @@ use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::watch;
 
 use crate::api_server::ApiServer;
+use crate::lifecycle::Pen;
 use crate::model::{NodePods, ObjectRef, Problem, Severity, Snapshot};
 use crate::translate::Settings;
 use file::{Directory, Scan};
@@ -35,11 +37,14 @@ pub struct Options {
     pub rescan: Duration,
     /// The file that keeps what was last good for the next process; `None` keeps nothing.
     pub last_good: Option<PathBuf>,
+    /// What that file is written with.
+    pub pen: Pen,
 }
 
 impl Options {
     pub fn new(directory: impl Into<PathBuf>, settings: Settings) -> Self {
-        Self { directory: directory.into(), settings, rescan: Duration::from_secs(3), last_good: None }
+        let (directory, rescan) = (directory.into(), Duration::from_secs(3));
+        Self { directory, settings, rescan, last_good: None, pen: Pen::default() }
     }
 }
 
@@ -73,9 +78,9 @@ pub enum DiscoveryError {
 
 /// Reads the directory and goes on to watch it. When this returns, the snapshot is already what the directory says.
 pub fn start(options: Options) -> Result<Sources, DiscoveryError> {
-    let Options { directory, settings, rescan, last_good } = options;
+    let Options { directory, settings, rescan, last_good, pen } = options;
     let mut files = Directory::open(&directory, &settings.root_namespace)?;
-    let (mut last_good, known) = LastGood::open(last_good, &directory);
+    let (mut last_good, known) = LastGood::open(last_good, pen, &directory);
     let (mut store, published) = Store::new(settings, &known.good);
     files.remember(known.read);
     let mut take = move |mut scan: Scan| {

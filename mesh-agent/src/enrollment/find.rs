@@ -7,8 +7,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::{fs, io};
 
+use tokio::sync::watch;
+
 use super::netns::NetnsId;
-use crate::model::Workload;
+use crate::model::{NodePods, Workload};
 
 /// Where network namespaces are mounted by name: paths there outlive any process of the pod.
 const NAMED: [&str; 2] = ["/run/netns", "/run/docker/netns"];
@@ -28,6 +30,8 @@ pub struct Processes {
     proc: PathBuf,
     /// What the CNI plugin has told, by the pod's uid.
     told: Mutex<HashMap<Arc<str>, (PathBuf, NetnsId)>>,
+    /// Knows which of them are static.
+    pods: watch::Receiver<Arc<NodePods>>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -83,8 +87,8 @@ impl Places {
 
 impl Processes {
     /// `proc` is where the node's /proc is mounted.
-    pub fn new(proc: &Path) -> Self {
-        Self { proc: proc.into(), told: Mutex::default() }
+    pub fn new(proc: &Path, pods: watch::Receiver<Arc<NodePods>>) -> Self {
+        Self { proc: proc.into(), told: Mutex::default(), pods }
     }
 
     fn tell(&self, uid: &str, path: &Path) -> io::Result<NetnsId> {
@@ -119,6 +123,8 @@ impl Processes {
         if let Some((path, _)) = told.filter(|(path, id)| NetnsId::of(path).is_ok_and(|now| now == *id)) {
             return Ok(path);
         }
+        let static_uid = self.pods.borrow().pods.get(uid).and_then(|pod| pod.static_uid.clone());
+        let uid = static_uid.as_deref().unwrap_or(uid);
         let process = self.oldest(uid)?.ok_or_else(|| FindError::NoProcess(self.proc.clone()))?;
         let netns = process.join("ns/net");
         Ok(named_like(&netns).unwrap_or(netns))
@@ -139,13 +145,20 @@ impl Processes {
     }
 }
 
+/// Folders that kubelet makes between `kubepods` and those of pods.
+const CLASSES: [&str; 2] = ["burstable", "besteffort"];
+
 /// Whether a process whose /proc/PID/cgroup this is belongs to the pod. Kubelet's folders are called `pod<uid>`, where
 /// systemd makes them `kubepods-...-pod<uid with underscores>.slice`.
-/// The outermost folder counts: what is below it is the pod's own to name.
+/// The outermost folder counts: what is below it is the pod's own to name. Where cgroup2 is all there is, each container has a
+/// cgroup namespace of its own, and paths are told from the agent's folder on: what two pods have in common is `..`.
 fn is_of(cgroups: &str, uid: &str) -> bool {
     let (plain, slice) = (format!("pod{uid}"), format!("-pod{}.slice", uid.replace('-', "_")));
     let pod_of = |path: &str| {
-        let mut parts = path.split('/').skip_while(|part| !part.contains("kubepods"));
+        let below = path.trim_start_matches("/..");
+        let first = below.trim_start_matches('/').split('/').next().unwrap_or_default();
+        let among_pods = below.len() < path.len() && (first.starts_with("pod") || CLASSES.contains(&first));
+        let mut parts = below.split('/').skip_while(|part| !among_pods && !part.contains("kubepods"));
         parts
             .find(|part| part.starts_with("pod") || part.contains("kubepods-") && part.contains("-pod"))
             .map(str::to_owned)
@@ -171,6 +184,7 @@ fn named_like(netns: &Path) -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::NodePod;
 
     const UID: &str = "3c1b8a52-1f0e-4a0d-9d3e-6d1f0c0a7b11";
 
@@ -189,15 +203,57 @@ mod tests {
         process(proc.path(), 50, &format!("12:cpu:/kubepods/besteffort/pod{UID}/abc\n0::/x\n"), 900);
         process(proc.path(), 70, &systemd, 800);
         process(proc.path(), 3, "0::/init.scope\n", 1);
-        let processes = Processes::new(proc.path());
+        let processes = Processes::new(proc.path(), watch::channel(Arc::default()).1);
         assert_eq!(processes.find(UID).unwrap(), proc.path().join("70/ns/net"));
         assert!(matches!(processes.find("other"), Err(FindError::NoProcess(_))));
         assert!(matches!(processes.find(""), Err(FindError::NoProcess(_))), "an empty uid is nobody's");
     }
 
     #[test]
+    fn a_pod_is_found_wherever_the_agent_looks_from() {
+        let slice = format!("kubepods-burstable-pod{}.slice", UID.replace('-', "_"));
+        let its = [
+            format!("/kubepods/burstable/pod{UID}/c"),
+            format!("/n1/kubepods/pod{UID}/c"),
+            format!("/kubepods.slice/kubepods-burstable.slice/{slice}/cri-c.scope"),
+            // From another container, as cgroup2 alone shows it.
+            format!("/../../pod{UID}/c"),
+            format!("/../../../besteffort/pod{UID}/c"),
+            format!("/../../../pod{UID}/c"),
+            format!("/../../{slice}/cri-c.scope"),
+            format!("/../../../kubepods-besteffort.slice/{slice}/cri-c.scope"),
+        ];
+        for path in its {
+            assert!(is_of(&format!("0::{path}\n"), UID), "{path}");
+        }
+        let others = [
+            format!("/pod{UID}"),
+            format!("/../../podother/c/pod{UID}"),
+            format!("/../../../burstable/podother/kubepods/pod{UID}"),
+            format!("/../../../../system.slice/x/pod{UID}"),
+            format!("/../../system.slice/burstable/pod{UID}"),
+        ];
+        for path in others {
+            assert!(!is_of(&format!("0::{path}\n"), UID), "{path}");
+        }
+    }
+
+    #[test]
+    fn a_static_pod_is_found_by_the_uid_that_the_kubelet_gives_it() {
+        const HASH: &str = "0123456789abcdef0123456789abcdef";
+        let proc = tempfile::tempdir().unwrap();
+        process(proc.path(), 50, &format!("0::/kubepods/pod{HASH}/abc\n"), 900);
+        let (tell, pods) = watch::channel(Arc::default());
+        let processes = Processes::new(proc.path(), pods);
+        assert!(matches!(processes.find(UID), Err(FindError::NoProcess(_))));
+        let pod = NodePod { static_uid: Some(HASH.into()), ..NodePod::default() };
+        tell.send_replace(Arc::new(NodePods { pods: [(UID.into(), pod)].into(), ..NodePods::default() }));
+        assert_eq!(processes.find(UID).unwrap(), proc.path().join("50/ns/net"));
+    }
+
+    #[test]
     fn a_path_of_the_node_is_seen_from_the_agents_container() {
-        let processes = Processes::new(Path::new("/host/proc"));
+        let processes = Processes::new(Path::new("/host/proc"), watch::channel(Arc::default()).1);
         for (path, seen) in [
             ("/var/run/netns/cni-1", "/run/netns/cni-1"),
             ("/run/netns/cni-1", "/run/netns/cni-1"),
@@ -212,7 +268,7 @@ mod tests {
         let proc = tempfile::tempdir().unwrap();
         let told = proc.path().join("netns");
         fs::write(&told, "").unwrap();
-        let processes = Processes::new(proc.path());
+        let processes = Processes::new(proc.path(), watch::channel(Arc::default()).1);
         let id = processes.tell(UID, &told).unwrap();
         assert_eq!(processes.find(UID).unwrap(), told);
         let other = proc.path().join("other");

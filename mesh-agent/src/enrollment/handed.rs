@@ -98,7 +98,12 @@ impl Enrollment {
 }
 
 /// What `join` does, for a pod that has all of it already: other programs may have to take the place of the older ones.
-fn refresh(workload: &Workload, netns: &Netns, listeners: &Listeners, redirect: &Redirect) -> Result<(), JoinError> {
+pub(super) fn refresh(
+    workload: &Workload,
+    netns: &Netns,
+    listeners: &Listeners,
+    redirect: &Redirect,
+) -> Result<(), JoinError> {
     routes::prepare(netns)?;
     redirect.enroll(&entry_of(workload, netns, listeners), netns.fd())?;
     Ok(())

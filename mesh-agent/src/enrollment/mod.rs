@@ -2,6 +2,7 @@
 
 mod find;
 mod handed;
+mod leaving;
 mod legacy;
 mod netns;
 mod pods;

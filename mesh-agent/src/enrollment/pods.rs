@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::net::TcpListener;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use arc_swap::{ArcSwap, ArcSwapOption};
 use serde::{Deserialize, Serialize};
@@ -13,14 +13,15 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::handed::{Handed, Order, Stage};
+use super::leaving::{GRACE, Leaving, come_back};
 use super::legacy::{self, Tuple};
 use super::{FindError, Netns, NetnsError, NetnsId, Places, RoutesError, routes};
 use crate::identity::Certificates;
-use crate::model::{Problem, Severity, Snapshot, SpiffeId, Transport, Workload};
+use crate::model::{Problem, Severity, Snapshot, Transport, Workload};
 use crate::redirect::{PodEntry, Redirect, RedirectError};
 
 /// How often what failed is tried again, vanished namespaces are looked for and old connections are counted.
-const TICK: Duration = Duration::from_secs(1);
+pub(super) const TICK: Duration = Duration::from_secs(1);
 
 /// A pod of this node with its listeners.
 #[derive(Debug)]
@@ -126,7 +127,9 @@ pub struct Enrollment {
     /// Cancelled to freeze: whoever waits for a certificate shall wait no longer.
     freeze: CancellationToken,
     /// Another agent has the pods.
-    yielded: bool,
+    pub(super) yielded: bool,
+    /// Those that left by their label a moment ago, by uid; the kernel has let them go.
+    pub(super) leaving: BTreeMap<Arc<str>, Leaving>,
 }
 
 /// Told when the pods that were there at the start have been taken in, or have failed.
@@ -176,7 +179,7 @@ pub(super) enum JoinError {
     Frozen,
 }
 
-type Joined = (Arc<Workload>, Result<(Arc<EnrolledPod>, HashSet<Tuple>), JoinError>);
+pub(super) type Joined = (Arc<Workload>, Result<(Arc<EnrolledPod>, HashSet<Tuple>), JoinError>);
 
 impl Enrollment {
     pub fn new(inputs: Inputs) -> Self {
@@ -190,6 +193,7 @@ impl Enrollment {
             order,
             freeze: CancellationToken::new(),
             yielded: false,
+            leaving: BTreeMap::new(),
         }
     }
 
@@ -283,13 +287,14 @@ impl Enrollment {
     }
 
     /// Starts what is missing, lets go what is not wanted.
-    fn reconcile(&self, pods: &mut BTreeMap<Arc<str>, Pod>, joining: &mut JoinSet<Joined>) {
+    fn reconcile(&mut self, pods: &mut BTreeMap<Arc<str>, Pod>, joining: &mut JoinSet<Joined>) {
         let snapshot = self.inputs.snapshot.load_full();
         let wanted: BTreeMap<Arc<str>, Arc<Workload>> =
             snapshot.judged().filter(|w| self.is_wanted(w)).map(|w| (w.uid.clone(), w.clone())).collect();
         // A sandbox that was made anew: the old one's end may still go on, or is not noticed yet.
+        let places = self.inputs.places.clone();
         let moved = |uid: &str, pod: &Pod| match &pod.state {
-            State::Enrolled { pod, .. } => self.inputs.places.has_moved(uid, pod.netns.id()),
+            State::Enrolled { pod, .. } => places.has_moved(uid, pod.netns.id()),
             State::Joining(_) | State::Failed(_) | State::Due(_) => false,
         };
         let leaving: Vec<Arc<str>> = pods
@@ -318,8 +323,14 @@ impl Enrollment {
                 Some(State::Due(problem)) => Some(problem.clone()),
                 Some(State::Joining(_) | State::Failed(_) | State::Enrolled { .. }) => continue,
             };
+            let leaving = self.leaving.remove(&uid).and_then(|leaving| self.may_come_back(&workload, leaving));
             let Inputs { redirect, certificates, places, .. } = &self.inputs;
             let (redirect, certificates, places) = (redirect.clone(), certificates.clone(), places.clone());
+            if let Some(pod) = leaving {
+                joining.spawn(come_back(workload.clone(), pod, redirect));
+                pods.insert(uid, Pod { workload, state: State::Joining(before) });
+                continue;
+            }
             joining.spawn(join(workload.clone(), redirect, certificates, places, self.freeze.clone()));
             pods.insert(uid, Pod { workload, state: State::Joining(before) });
         }
@@ -343,6 +354,8 @@ impl Enrollment {
                 let before = pods.get(&workload.uid).map(|pod| &pod.state);
                 // Said once, not each second.
                 let is_known = matches!(before, Some(State::Joining(Some(said))) if *said == problem);
+                // One that was about to come back may still accept.
+                (self.inputs.events)(PodEvent::Left { uid: workload.uid.clone(), gone: false });
                 if !is_known && !matches!(e, JoinError::Frozen) {
                     tracing::warn!(pod = name, "cannot enrol: {problem}; it is tried again each second");
                 }
@@ -352,7 +365,7 @@ impl Enrollment {
         pods.insert(workload.uid.clone(), Pod { workload, state });
     }
 
-    pub(super) fn leave(&self, pods: &BTreeMap<Arc<str>, Pod>, pod: Pod, gone: bool) {
+    pub(super) fn leave(&mut self, pods: &BTreeMap<Arc<str>, Pod>, pod: Pod, gone: bool) {
         let Pod { workload, state } = pod;
         if let State::Enrolled { .. } = state
             && self.yielded
@@ -362,23 +375,19 @@ impl Enrollment {
             if let Err(e) = self.inputs.redirect.unenroll(pod.netns.cookie()) {
                 tracing::error!(pod = %workload.name, "cannot take the pod out of the kernel's maps: {e}");
             }
-            (self.inputs.events)(PodEvent::Left { uid: workload.uid.clone(), gone });
-            pod.stop_listening();
-            if !gone {
-                // Connections that go on need the way back; it is taken away when they have ended.
-                routes::unwanted(&pod.netns);
-                tokio::task::spawn(restore_when_quiet(pod.netns.clone(), self.inputs.redirect.clone()));
+            if gone {
+                self.part(&pod, true);
+            } else {
+                self.leaving.insert(workload.uid.clone(), Leaving { pod, until: Instant::now() + GRACE });
             }
             tracing::info!(pod = %format!("{}/{}", workload.namespace, workload.name), gone, "left the mesh");
         }
-        let still_used = |id: &SpiffeId| pods.values().any(|p| p.workload.identity == *id);
-        if !still_used(&workload.identity) {
-            self.inputs.certificates.release(&workload.identity);
-        }
+        self.release(pods, &workload.identity);
     }
 
     /// Each second: failed pods get another chance, vanished namespaces are let go, old connections are counted.
-    fn look_after(&self, pods: &mut BTreeMap<Arc<str>, Pod>) {
+    fn look_after(&mut self, pods: &mut BTreeMap<Arc<str>, Pod>) {
+        self.end_grace(pods);
         let mut lost = Vec::new();
         for (uid, pod) in pods.iter_mut() {
             match &mut pod.state {
@@ -507,23 +516,8 @@ pub(super) fn entry_of(workload: &Workload, netns: &Netns, listeners: &Listeners
 }
 
 /// Whether two manifests speak of one and the same network namespace and identity.
-fn same_place(a: &Workload, b: &Workload) -> bool {
+pub(super) fn same_place(a: &Workload, b: &Workload) -> bool {
     a.netns == b.netns && a.addresses == b.addresses && a.identity == b.identity && a.node == b.node
-}
-
-/// Gives the routes back when no connection needs them any more; not where the pod has come back meanwhile.
-async fn restore_when_quiet(netns: Arc<Netns>, redirect: Arc<Redirect>) {
-    let mut tick = tokio::time::interval(TICK);
-    while netns.is_there() && legacy::established(&netns).is_ok_and(|all| !all.is_empty()) {
-        tick.tick().await;
-    }
-    // Another agent, which has taken this one's place, may have taken it in again.
-    if redirect.enrolled().is_ok_and(|pods| pods.contains(&netns.cookie())) {
-        return;
-    }
-    if let Err(e) = routes::restore_unwanted(&netns) {
-        tracing::debug!("cannot take back the routes of a pod that left: {e}");
-    }
 }
 
 fn status(pod: &Pod) -> PodStatus {

@@ -13,12 +13,15 @@ use super::own::Named;
 use super::wire::{PROTOCOL, Talk, Word};
 use super::{ANSWER, LOCK};
 use crate::enrollment::{Handed, Order};
-use crate::lifecycle::{KeptFile, PrivateSocket};
+use crate::lifecycle::{KeptFile, Pen, PrivateSocket};
 use crate::proxy::Proxy;
 use crate::redirect::{NodeLock, Redirect};
 
 /// How long pods that are being taken in may take to come to an end of it.
 const FREEZE: Duration = Duration::from_secs(5);
+
+/// For a file that is just being written.
+const PEN: Duration = Duration::from_secs(2);
 
 /// What there is to hand over.
 pub struct Giver {
@@ -32,6 +35,8 @@ pub struct Giver {
     pub serving: Vec<AbortHandle>,
     /// Files that belong to them.
     pub files: Vec<KeptFile>,
+    /// What it writes the node's files with.
+    pub pen: Pen,
 }
 
 /// How it came out.
@@ -296,7 +301,7 @@ impl Shared {
     /// From here on the other agent has the pods.
     async fn yield_place(&self) -> Result<usize, GiveError> {
         let giver = self.lock().take().ok_or(GiveError::Gone)?;
-        let Giver { node: _, orders, proxy, redirect: _, sockets, serving, files } = giver;
+        let Giver { node: _, orders, proxy, redirect: _, sockets, serving, files, pen } = giver;
         let _ = orders.send(Order::Yield);
         for file in files {
             file.keep();
@@ -306,6 +311,8 @@ impl Shared {
         }
         drop(sockets);
         let connections = proxy.hand_over().await;
+        // A disk that does not answer must not keep the other agent from serving.
+        let _ = tokio::time::timeout(PEN, tokio::task::spawn_blocking(move || pen.put_down())).await;
         NodeLock::give_up();
         Ok(connections)
     }

@@ -16,9 +16,10 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 pub use give::{Given, Giver, Successor, serve};
-pub use own::{Own, OwnError};
+pub use own::{Named, Own, OwnError};
 pub use stand_by::{Turn, TurnError};
 pub use take::{Predecessor, TakeError, Taken, find};
+pub use wire::PROTOCOL;
 
 /// For an answer that only needs the other process to run.
 const ANSWER: Duration = Duration::from_secs(10);
@@ -28,6 +29,8 @@ const LOCK: &str = "lock";
 const METRICS: &str = "metrics";
 const READINESS: &str = "readiness";
 const ADMIN: &str = "admin";
+/// The CNI plugin's, where the agent has one.
+pub const CNI: &str = "cni";
 
 /// Beside the admin socket.
 pub fn socket_path(admin_socket: &Path) -> PathBuf {

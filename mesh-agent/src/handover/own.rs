@@ -7,10 +7,10 @@ use std::os::fd::OwnedFd;
 use tokio::task::AbortHandle;
 
 use super::take::Taken;
-use super::{ADMIN, METRICS, READINESS};
-use crate::admin::{AdminError, AdminSocket, bind, serve_readiness};
+use super::{ADMIN, CNI, METRICS, READINESS};
+use crate::admin::{AdminError, AdminSocket, bind, serve_health};
 use crate::config;
-use crate::lifecycle::{KeptFile, Readiness};
+use crate::lifecycle::{KeptFile, Liveness, PrivateSocket, Readiness};
 use crate::redirect::{NodeLock, Options, Redirect, RedirectError};
 
 /// All of it.
@@ -20,6 +20,8 @@ pub struct Own {
     pub metrics: TcpListener,
     pub readiness: TcpListener,
     pub admin: AdminSocket,
+    /// Of the agent before. A first one is made only when it can be served: pods that start would wait at it.
+    pub cni: Option<PrivateSocket>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -33,7 +35,7 @@ pub enum OwnError {
 }
 
 /// Of a socket that may be handed over: its name, where it listens, and itself.
-pub(super) type Named = (&'static str, String, OwnedFd);
+pub type Named = (&'static str, String, OwnedFd);
 
 impl Own {
     /// With no agent before. Whatever can fail on its own fails before the kernel is touched: ports, files, rights.
@@ -41,7 +43,7 @@ impl Own {
         let metrics = bind(config.metrics_address, "metrics", "--metrics-address")?;
         let readiness = bind(config.readiness_address, "readiness", "--readiness-address")?;
         let admin = AdminSocket::bind(&config.admin_socket)?;
-        Ok(Self { lock: Redirect::lock(in_kernel)?, metrics, readiness, admin })
+        Ok(Self { lock: Redirect::lock(in_kernel)?, metrics, readiness, admin, cni: None })
     }
 
     /// What the agent before has handed over; where the settings say another place, a socket of its own.
@@ -61,12 +63,17 @@ impl Own {
             Some(fd) => AdminSocket::handed_over(&config.admin_socket, fd.into())?,
             None => AdminSocket::bind(&config.admin_socket)?,
         };
-        Ok(Self { lock: NodeLock::handed_over(in_kernel, lock)?, metrics, readiness, admin })
+        let cni = config.cni.as_ref().and_then(|cni| {
+            let fd = taken.socket(CNI, &cni.socket.to_string_lossy())?;
+            // Where its file has gone, one is made anew.
+            PrivateSocket::handed_over(&cni.socket, fd.into()).ok()
+        });
+        Ok(Self { lock: NodeLock::handed_over(in_kernel, lock)?, metrics, readiness, admin, cni })
     }
 
-    /// Serves readiness on its socket until the task is aborted.
-    pub fn serve_readiness(&self, readiness: &Readiness) -> io::Result<AbortHandle> {
-        let serve = serve_readiness(self.readiness.try_clone()?, readiness.clone());
+    /// Says on its socket how the agent is, until the task is aborted.
+    pub fn serve_health(&self, readiness: &Readiness, liveness: &Liveness) -> io::Result<AbortHandle> {
+        let serve = serve_health(self.readiness.try_clone()?, readiness.clone(), liveness.clone());
         Ok(tokio::spawn(serve).abort_handle())
     }
 

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -109,6 +109,8 @@ pub struct Ca {
     changed: Notify,
     running: AtomicBool,
     keeper: Keeper,
+    /// The longest life of a leaf from now on, in milliseconds.
+    lifetime: AtomicU64,
 }
 
 /// Who writes what has to survive.
@@ -146,7 +148,8 @@ impl Ca {
         let roots = watch::Sender::new(Some(bundle(&inner)?));
         let (changed, running) = (Notify::new(), AtomicBool::new(false));
         let keeper = Keeper::Directory { _lock: lock };
-        let ca = Self { options, inner: Mutex::new(inner), roots, changed, running, keeper };
+        let lifetime = AtomicU64::new(millis(options.lifetime));
+        let ca = Self { options, inner: Mutex::new(inner), roots, changed, running, keeper, lifetime };
         ca.advance()?;
         Ok(Arc::new(ca))
     }
@@ -157,7 +160,8 @@ impl Ca {
         let inner = Inner { phases, generations, nodes: BTreeMap::new() };
         let roots = watch::Sender::new(Some(bundle(&inner)?));
         let (changed, running) = (Notify::new(), AtomicBool::new(false));
-        Ok(Arc::new(Self { options, inner: Mutex::new(inner), roots, changed, running, keeper: Keeper::Secret }))
+        let (keeper, lifetime) = (Keeper::Secret, AtomicU64::new(millis(options.lifetime)));
+        Ok(Arc::new(Self { options, inner: Mutex::new(inner), roots, changed, running, keeper, lifetime }))
     }
 
     /// Goes over to what the Secret holds now. What is broken changes nothing.
@@ -214,7 +218,8 @@ impl Ca {
         lifetime: Option<Duration>,
     ) -> Result<Vec<CertificateDer<'static>>, CaError> {
         let (ca, now) = self.active()?;
-        let lifetime = lifetime.unwrap_or(self.options.lifetime).clamp(MIN_LIFETIME, self.options.lifetime);
+        let longest = self.lifetime();
+        let lifetime = lifetime.unwrap_or(longest).clamp(MIN_LIFETIME, longest);
         Ok(ca.sign_workload(key, identity, lifetime, now)?)
     }
 
@@ -225,8 +230,18 @@ impl Ca {
         names: &[String],
     ) -> Result<(Vec<CertificateDer<'static>>, SystemTime), CaError> {
         let (ca, now) = self.active()?;
-        let not_after = (now + self.options.lifetime).min(ca.not_after());
-        Ok((ca.sign_server(key, names, self.options.lifetime, now)?, not_after))
+        let lifetime = self.lifetime();
+        let not_after = (now + lifetime).min(ca.not_after());
+        Ok((ca.sign_server(key, names, lifetime, now)?, not_after))
+    }
+
+    /// The longest life of what is signed from now on. Whoever writes the Secret keeps an old root for as long as it takes.
+    pub fn set_lifetime(&self, lifetime: Duration) {
+        self.lifetime.store(millis(lifetime.max(MIN_LIFETIME)), Ordering::Relaxed);
+    }
+
+    fn lifetime(&self) -> Duration {
+        Duration::from_millis(self.lifetime.load(Ordering::Relaxed))
     }
 
     fn active(&self) -> Result<(Arc<SigningCa>, SystemTime), CaError> {
@@ -410,6 +425,10 @@ impl Authority for Ca {
     fn roots(&self) -> watch::Receiver<Option<Bundle>> {
         self.roots.subscribe()
     }
+}
+
+fn millis(time: Duration) -> u64 {
+    time.as_millis().try_into().unwrap_or(u64::MAX)
 }
 
 fn bundle(inner: &Inner) -> Result<Bundle, BundleError> {

@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use aws_lc_rs::digest::{SHA256, digest};
 use base64::Engine;
@@ -11,6 +12,8 @@ use rustls::RootCertStore;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 use x509_parser::prelude::{FromDer, X509Certificate};
+
+use super::system_time;
 
 /// More roots than this is no bundle of a mesh but a mistake (such as a distribution's list of public CAs).
 const MAX_ROOTS: usize = 64;
@@ -109,6 +112,23 @@ pub fn certificates_from_pem(text: &str) -> Result<Vec<CertificateDer<'static>>,
     CertificateDer::pem_slice_iter(text.as_bytes())
         .collect::<Result<Vec<_>, _>>()
         .map_err(|e| BundleError::Pem(e.to_string()))
+}
+
+/// From when until when a certificate is good.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Validity {
+    pub not_before: SystemTime,
+    pub not_after: SystemTime,
+}
+
+/// Of each certificate of a PEM text, in their order.
+pub fn validities(text: &str) -> Result<Vec<Validity>, BundleError> {
+    let one = |(index, der): (usize, CertificateDer<'static>)| {
+        let (_, parsed) = X509Certificate::from_der(&der).map_err(|e| BundleError::Parse(index + 1, e.to_string()))?;
+        let validity = parsed.validity();
+        Ok(Validity { not_before: system_time(&validity.not_before), not_after: system_time(&validity.not_after) })
+    };
+    certificates_from_pem(text)?.into_iter().enumerate().map(one).collect()
 }
 
 pub fn certificate_pem(der: &[u8]) -> String {

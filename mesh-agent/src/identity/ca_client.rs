@@ -100,6 +100,8 @@ pub struct CaClient {
     deadline: Duration,
     /// Roots are taken into use and written in the same order.
     learning: Mutex<()>,
+    /// Told when roots were given and not learnt.
+    given: watch::Sender<()>,
 }
 
 /// What is kept over a restart. A new token with another pin makes it void.
@@ -160,14 +162,15 @@ impl CaClient {
         if channels.is_empty() {
             return Err(CaClientError::NoAddress);
         }
-        let (preferred, learning) = (AtomicUsize::new(0), Mutex::new(()));
-        Ok(Arc::new(Self { channels, preferred, credential, pins, roots, state, deadline, learning }))
+        let (preferred, learning, given) = (AtomicUsize::new(0), Mutex::new(()), watch::Sender::default());
+        Ok(Arc::new(Self { channels, preferred, credential, pins, roots, state, deadline, learning, given }))
     }
 
     /// Keeps the roots fresh. Our controller lets a new root sign only when every node has said here that it trusts it,
     /// so a change of the root is safe without a push. Ends where the CA does not know the question, as istiod.
     pub(super) async fn follow_bundle(self: Arc<Self>) {
         let (mut failures, mut last) = (0, None);
+        let mut given = self.given.subscribe();
         loop {
             let wait = match self.ask_bundle().await {
                 Ok((news, poll)) => {
@@ -188,8 +191,25 @@ impl CaClient {
                     rotation::backoff(failures, rand::random())
                 }
             };
-            tokio::time::sleep(wait).await;
+            tokio::select! {
+                () = tokio::time::sleep(wait) => {}
+                // Others than those with which it may have failed.
+                Ok(()) = given.changed() => {}
+            }
         }
+    }
+
+    /// Takes roots that the mesh's owner has put in place of those that are known. Answers whether they are others; in a
+    /// sentence, where they can't be used and the known ones stay.
+    pub fn trust(&self, roots_pem: &str) -> Result<bool, CaClientError> {
+        let bundle = Bundle::from_pem(roots_pem).map_err(CaClientError::Given)?;
+        let _turn = self.learning.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_new = self.roots.borrow().as_ref() != Some(&bundle);
+        if is_new {
+            self.roots.send_replace(Some(bundle));
+            self.given.send_replace(());
+        }
+        Ok(is_new)
     }
 
     /// Whether there are new roots, and when to ask again.

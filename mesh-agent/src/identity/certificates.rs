@@ -257,6 +257,11 @@ async fn follow_roots(inner: Arc<Inner>, mut roots: watch::Receiver<Option<Bundl
         let Some(trust) = inner.trust() else { continue };
         tracing::info!(roots = ?trust.bundle, "the trusted roots have changed");
         for (identity, entry) in wanted.iter_mut() {
+            // What has failed may have failed for want of these roots.
+            if entry.failures > 0 {
+                entry.next_try = now;
+                entry.moved.notify_one();
+            }
             let Some(leaf) = &entry.leaf else { continue };
             // A leaf of a root that was dropped before its time: peers refuse it, so a new one is due now.
             if trust.verify(&leaf.certified.cert, now).is_err() {
@@ -305,7 +310,7 @@ impl Inner {
         let now = self.clock.now();
         let trust = self.trust().ok_or("the CA has signed but named no root; look at the controller's version")?;
         let signed_for = trust.verify(&chain, now).map_err(|e| {
-            format!("the CA's answer is of no use: {}; compare the clocks and the roots", tls::describe(&e))
+            format!("the CA's answer is of no use: {}; look at the controller's clock and roots", tls::describe(&e))
         })?;
         if signed_for != *identity {
             return Err(format!("the CA has signed `{signed_for}` in answer to `{identity}`; it is not used"));

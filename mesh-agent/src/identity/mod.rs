@@ -29,7 +29,7 @@ use crate::model::SpiffeId;
 
 pub use crate::lifecycle::files::FileError;
 pub use authority::{Ca, CaError, CaOptions, DEFAULT_LIFETIME, MIN_LIFETIME, trusted_roots};
-pub use bundle::{Bundle, BundleError, sha256_hex};
+pub use bundle::{Bundle, BundleError, Validity, sha256_hex, validities};
 pub use ca_client::{CA_ROOT, CA_ROOT_KEY, CaClient, CaClientError, CaClientOptions, Credential};
 pub use ca_server::{
     Accounts, CONTROLLER_NAME, CaServerError, CaServerOptions, DEFAULT_PORT, Refusal, RunsOn, bind, serve,

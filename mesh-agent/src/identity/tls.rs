@@ -4,7 +4,7 @@
 
 use std::fmt;
 use std::sync::{Arc, LazyLock};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::{Resumption, verify_server_cert_signed_by_trust_anchor};
@@ -125,8 +125,22 @@ pub fn describe(error: &rustls::Error) -> String {
         rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer) => {
             "the certificate ends in no root that is trusted here".to_owned()
         }
+        rustls::Error::InvalidCertificate(CertificateError::NotValidYetContext { time, not_before }) => format!(
+            "the certificate is valid from {} on, and the clock here says {}: compare the clocks",
+            at(*not_before),
+            at(*time)
+        ),
+        rustls::Error::InvalidCertificate(CertificateError::ExpiredContext { time, not_after }) => format!(
+            "the certificate has expired at {}, and the clock here says {}: compare the clocks",
+            at(*not_after),
+            at(*time)
+        ),
         other => other.to_string(),
     }
+}
+
+fn at(time: UnixTime) -> String {
+    super::rfc3339(SystemTime::UNIX_EPOCH + Duration::from_secs(time.as_secs()))
 }
 
 /// Builds both ends' configurations for one certificate.

@@ -17,7 +17,7 @@ pub use authorization::{
 };
 pub use few::Few;
 pub use identity::{IdentityError, SpiffeId, TrustDomain};
-pub use node_pods::{NodePod, NodePods, Standing};
+pub use node_pods::{NodePod, NodePods, Standing, Unjudged};
 pub use problem::{ObjectRef, Problem, Severity};
 pub use service::{Algorithm, Endpoint, Scope, Service, ServicePort};
 pub use shared_map::SharedMap;

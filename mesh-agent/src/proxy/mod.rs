@@ -9,6 +9,7 @@ pub mod error;
 pub mod inbound;
 pub mod outbound;
 pub mod policy;
+pub mod route;
 pub mod transport;
 pub mod worker;
 
@@ -25,6 +26,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::enrollment::{EnrolledPod, PodEvent};
 use crate::identity::Certificates;
+use crate::lifecycle::Liveness;
 use crate::model::{Names, Snapshot, Workload};
 use crate::redirect::Redirect;
 use crate::telemetry::Telemetry;
@@ -49,6 +51,8 @@ pub struct Inputs {
     pub redirect: Arc<Redirect>,
     pub certificates: Certificates,
     pub telemetry: Arc<Telemetry>,
+    /// Is told whether the workers move.
+    pub liveness: Liveness,
 }
 
 /// The running data path.
@@ -60,7 +64,7 @@ pub struct Proxy {
 impl Proxy {
     /// Starts the worker threads; they serve the pods that `pod_event` tells of.
     pub fn start(inputs: Inputs) -> io::Result<Self> {
-        let Inputs { node, workers, snapshot, changed, redirect, certificates, telemetry } = inputs;
+        let Inputs { node, workers, snapshot, changed, redirect, certificates, telemetry, liveness } = inputs;
         let channels: Vec<_> = (0..workers.max(1)).map(|_| mpsc::unbounded_channel()).collect();
         let (handles, receivers): (Vec<_>, Vec<_>) = channels
             .into_iter()
@@ -71,8 +75,10 @@ impl Proxy {
         let mut threads = Vec::new();
         for (index, receiver) in receivers.into_iter().enumerate() {
             let (shared, changed) = (shared.clone(), changed.clone());
-            let thread = std::thread::Builder::new().name(format!("worker-{index}"));
-            threads.push(thread.spawn(move || worker::run(index, shared, receiver, changed))?);
+            let name = format!("worker-{index}");
+            let pulse = liveness.pulse(&name);
+            let thread = std::thread::Builder::new().name(name);
+            threads.push(thread.spawn(move || worker::run(index, shared, receiver, changed, pulse))?);
         }
         Ok(Self { shared, threads: Mutex::new(threads) })
     }

@@ -93,7 +93,7 @@ async fn reach(
         Target::Service { service, port } => (service, port),
         Target::Workload { workload, service } => {
             let destination = lone(Some(workload), service);
-            return attempt(worker, pod, snapshot, client, destination, tcp, PATIENCE).await;
+            return attempt_anew(worker, pod, snapshot, client, destination, tcp, PATIENCE).await;
         }
         Target::Outside if snapshot.settings().outbound == OutboundPolicy::RegistryOnly => {
             return Err((lone(None, None), ConnError::Outside(original)));
@@ -119,7 +119,7 @@ async fn reach(
         // With other endpoints at hand none is waited for.
         let others = balance::has_another(original.ip(), &service.ports[port], &tried);
         let patience = if others { Duration::ZERO } else { PATIENCE };
-        match attempt(worker, pod, snapshot, client, destination, tcp, patience).await {
+        match attempt_anew(worker, pod, snapshot, client, destination, tcp, patience).await {
             Ok(found) => return Ok(found),
             Err(failed) if failed.1.is_worth_another_endpoint() => last = Some(failed),
             Err(failed) => return Err(failed),
@@ -153,6 +153,39 @@ fn choose<'a>(
         |below| rand::random_range(0..below.max(1)),
         except,
     )
+}
+
+/// Tries one destination; once more where it fails and has joined or left the mesh meanwhile: its own agent heard of that
+/// first. Each try is what the model of its moment says.
+async fn attempt_anew(
+    worker: &Rc<Worker>,
+    pod: &Arc<LocalPod>,
+    snapshot: &Snapshot,
+    client: SocketAddr,
+    destination: Destination,
+    tcp: &TcpStream,
+    patience: Duration,
+) -> Result<(Destination, Path), (Destination, ConnError)> {
+    let failed = match attempt(worker, pod, snapshot, client, destination, tcp, patience).await {
+        Ok(found) => return Ok(found),
+        Err(failed) => failed,
+    };
+    let now = worker.snapshot();
+    let before = failed.0.workload.as_ref();
+    let Some(other) = before.and_then(|before| now.workload(&before.uid).filter(|w| w.transport != before.transport))
+    else {
+        return Err(failed);
+    };
+    // The address may be another pod's by now; and what may have reached the application is not done twice.
+    if !failed.1.is_worth_another_endpoint() || !other.addresses.contains(&failed.0.address.ip()) {
+        return Err(failed);
+    }
+    let destination = Destination { workload: Some(other.clone()), ..failed.0 };
+    attempt(worker, pod, &now, client, destination, tcp, patience).await
+}
+
+fn is_in_mesh(snapshot: &Snapshot, uid: &str) -> bool {
+    snapshot.workload(uid).is_some_and(|w| w.transport == crate::model::Transport::Hbone)
 }
 
 /// Tries one destination.
@@ -193,7 +226,9 @@ async fn tunnel(
     // An agent that takes the connection and then says nothing must not hold the client for ever, nor use up the time in
     // which another endpoint could be tried.
     let budget = if patience.is_zero() { CONNECT_BUDGET / 3 } else { CONNECT_BUDGET };
+    let is_wanted = || is_in_mesh(&worker.snapshot(), &server.uid);
     let dialer = Dialer {
+        is_wanted: &is_wanted,
         pod: &pod.pod,
         redirect: &worker.shared.redirect,
         certificates: &worker.shared.certificates,

@@ -22,6 +22,7 @@ use super::transport::session::Counts;
 use super::{balance, inbound, outbound};
 use crate::enrollment::EnrolledPod;
 use crate::identity::Certificates;
+use crate::lifecycle::Pulse;
 use crate::model::Snapshot;
 use crate::redirect::Redirect;
 use crate::telemetry::{Facts, Outcome, Telemetry};
@@ -111,6 +112,7 @@ pub fn run(
     shared: Arc<Shared>,
     events: mpsc::UnboundedReceiver<Event>,
     changed: watch::Receiver<u64>,
+    pulse: Pulse,
 ) -> std::io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let worker = Rc::new(Worker {
@@ -125,6 +127,7 @@ pub fn run(
         served: Cell::default(),
     });
     let tasks = tokio::task::LocalSet::new();
+    tasks.spawn_local(pulse.keep());
     tasks.block_on(&runtime, main(worker, events, changed));
     Ok(())
 }
@@ -139,11 +142,16 @@ async fn main(worker: Rc<Worker>, mut events: mpsc::UnboundedReceiver<Event>, mu
                 None | Some(Event::Stop) => return,
                 Some(Event::Joined(pod)) => {
                     let uid = pod.pod.workload.uid.clone();
+                    // A pod that has come back keeps its listeners: whoever waited at them has to let go first.
+                    for task in accepting.remove(&uid).into_iter().flatten() {
+                        task.abort();
+                        let _ = task.await;
+                    }
                     let gates = [Gate::Outbound, Gate::Plain, Gate::Tls];
                     let tasks = gates.map(|gate| {
                         tokio::task::spawn_local(accept::run(worker.clone(), pod.clone(), gate))
                     });
-                    stop(accepting.insert(uid, tasks.into()));
+                    accepting.insert(uid, tasks.into());
                 }
                 Some(Event::Left { uid }) => stop(accepting.remove(&uid)),
                 Some(Event::Accepted { pod, gate, socket, peer }) => begin(&worker, pod, gate, socket, peer),

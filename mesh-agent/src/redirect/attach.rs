@@ -86,7 +86,7 @@ fn not_attached(name: &'static str, cgroup: &Cgroup, error: &ProgramError) -> Re
 }
 
 /// The kernel's number of the hook.
-fn attach_type(name: &str) -> Option<u32> {
+pub(super) fn attach_type(name: &str) -> Option<u32> {
     Some(match name {
         program::SOCKOPS => 3,
         program::CONNECT4 => 10,
@@ -114,7 +114,7 @@ fn exclusive_holder(name: &str, cgroup: &Cgroup) -> Option<(std::path::PathBuf, 
     None
 }
 
-fn program_name(id: u32) -> String {
+pub(super) fn program_name(id: u32) -> String {
     let info = loaded_programs().filter_map(Result::ok).find(|info| info.id() == id);
     match info.as_ref().and_then(|info| info.name_as_str()).filter(|name| !name.is_empty()) {
         Some(name) => format!("{name} (id {id})"),

@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use super::RedirectError;
 
@@ -71,6 +72,7 @@ pub fn kubelet_cgroup(proc: &Path, root: &Path) -> Option<PathBuf> {
     });
     let mut folders: Vec<PathBuf> = kubelets.filter_map(|kubelet| cgroup_of(&kubelet, root)).collect();
     folders.retain(|folder| folder.join("cgroup.type").exists() && !is_of_pods(folder, root) && !holds_pods(folder));
+    folders.sort();
     folders.dedup();
     match folders.as_slice() {
         [one] => Some(one.clone()),
@@ -82,7 +84,7 @@ fn cgroup_of(process: &Path, root: &Path) -> Option<PathBuf> {
     let text = fs::read_to_string(process.join("cgroup")).ok()?;
     let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
     // In a cgroup namespace of our own it is told from where we are.
-    let base = if path.starts_with("..") { folder_of(root, &std::process::id().to_string())? } else { root.to_owned() };
+    let base = if path.starts_with("..") { own_folder(root)? } else { root.to_owned() };
     fs::canonicalize(base.join(path)).ok()
 }
 
@@ -100,9 +102,24 @@ fn holds_pods(folder: &Path) -> bool {
 /// What the program that runs kubelet's code calls itself: kubelet, k3s, MicroK8s.
 const KUBELETS: [&str; 4] = ["kubelet", "k3s-server", "k3s-agent", "kubelite"];
 
+/// The folder below `root` that holds this process: asked for each second, on nodes with a thousand folders, so it is kept.
+fn own_folder(root: &Path) -> Option<PathBuf> {
+    static KNOWN: Mutex<Option<PathBuf>> = Mutex::new(None);
+    let pid = std::process::id().to_string();
+    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    if !known.as_ref().is_some_and(|folder| folder.starts_with(root) && holds(folder, &pid)) {
+        *known = folder_of(root, &pid);
+    }
+    known.clone()
+}
+
+fn holds(folder: &Path, pid: &str) -> bool {
+    fs::read_to_string(folder.join("cgroup.procs")).unwrap_or_default().lines().any(|line| line == pid)
+}
+
 /// The folder in `folder` that holds the process.
 fn folder_of(folder: &Path, pid: &str) -> Option<PathBuf> {
-    if fs::read_to_string(folder.join("cgroup.procs")).unwrap_or_default().lines().any(|line| line == pid) {
+    if holds(folder, pid) {
         return Some(folder.to_owned());
     }
     let folders =
@@ -207,6 +224,12 @@ mod tests {
         process("7", "kubelet", "kubepods.slice/kubepods-pod1.slice/a");
         assert_eq!(kubelet_cgroup(proc.path(), &root), None);
         process("9", "kubelet", "system.slice/kubelet.service");
+        assert_eq!(kubelet_cgroup(proc.path(), &root), Some(root.join("system.slice/kubelet.service")));
+        // As cgroup2 alone shows it to the agent in its container.
+        let own = root.join("kubepods/podx/agent");
+        fs::create_dir_all(&own).unwrap();
+        fs::write(own.join("cgroup.procs"), format!("0\n{}\n", std::process::id())).unwrap();
+        fs::write(proc.path().join("9/cgroup"), "0::/../../../system.slice/kubelet.service\n").unwrap();
         assert_eq!(kubelet_cgroup(proc.path(), &root), Some(root.join("system.slice/kubelet.service")));
         process("11", "kubelet", "user.slice");
         assert_eq!(kubelet_cgroup(proc.path(), &root), None, "two may be it");

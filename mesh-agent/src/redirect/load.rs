@@ -12,7 +12,7 @@ use super::host;
 use super::pins::Pins;
 use super::{Options, RedirectError};
 
-static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/mesh-ebpf.o"));
+pub(super) static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/mesh-ebpf.o"));
 
 /// aya-log's level for "everything".
 const LOG_ALL: u8 = 5;
@@ -111,7 +111,7 @@ pub fn refused(program: &str, error: &ProgramError) -> RedirectError {
 }
 
 /// An error with its sources, in one line.
-fn chain(error: &dyn Error) -> String {
+pub(super) fn chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(inner) = source {

@@ -12,6 +12,7 @@ mod log;
 mod maps;
 mod original_dst;
 mod pins;
+mod probe;
 mod sys;
 
 use std::fs::File;
@@ -27,7 +28,8 @@ use mesh_common::{ATTESTED_TTL_NANOS, COUNTERS, Event, ORIG_DST_ENTRIES, program
 pub use error::RedirectError;
 pub use host::kubelet_cgroup;
 pub use load::read_kernel_types;
-pub use mesh_common::{HBONE_PORT, MESH_V6_PREFIX_LEN, OUTBOUND_PORT, PLAIN_PORT};
+pub use mesh_common::{HBONE_PORT, MESH_V6_PREFIX_LEN, OUTBOUND_PORT, PLAIN_PORT, SCHEMA};
+pub use probe::{ForeignProgram, KernelFacts, look};
 
 use enroll::Pods;
 use host::Cgroup;

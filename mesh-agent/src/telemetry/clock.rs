@@ -17,6 +17,12 @@ impl fmt::Display for Rfc3339 {
     }
 }
 
+/// `2026-08-22T10:11:12Z`, as Kubernetes writes it.
+pub(crate) fn seconds(time: SystemTime) -> String {
+    let text = Rfc3339(time).to_string();
+    text.split_once('.').map_or(text.clone(), |(seconds, _)| format!("{seconds}Z"))
+}
+
 /// The other way: seconds since 1970 of `2026-08-22T10:11:12Z`, with or without a fraction.
 pub(crate) fn parse_rfc3339(text: &str) -> Option<i64> {
     let (date, time) = text.strip_suffix('Z')?.split_once('T')?;

@@ -11,7 +11,7 @@ use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::kubernetes::{self, Mode};
+use super::kubernetes::{self, MODE, Mode};
 use super::mesh::{Changes, Classes, Surroundings};
 use super::report::Labels;
 use super::texts::{ByName, Kin, Name, Texts};
@@ -43,6 +43,7 @@ pub(super) struct Own {
     pub ready: bool,
     /// What its annotation `nodemesh.io/status` says.
     shown: Option<String>,
+    static_uid: Option<Arc<str>>,
     netns: Option<Arc<Path>>,
     pub named_ports: Vec<(String, u16)>,
 }
@@ -58,6 +59,7 @@ impl Pod {
             labels: pod.labels.clone(),
             ready: pod.ready,
             shown: pod.shown.clone(),
+            static_uid: pod.static_uid.as_deref().map(Into::into),
             netns: pod.netns.as_deref().map(Into::into),
             named_ports: pod.named_ports.clone(),
         };
@@ -395,8 +397,21 @@ impl Pods {
                 Membership { said: true, .. } => Standing::Outside,
                 Membership { .. } => Standing::Unclear,
             };
-            let shown = pod.own.as_ref().and_then(|own| own.shown.clone());
-            let known = NodePod { namespace: pod.namespace.clone(), name: pod.name.clone(), standing, shown };
+            let own = pod.own.as_ref();
+            let label = own.filter(|_| pod.mode.is_wrong()).and_then(|own| own.labels.get(MODE));
+            let wrong_label = label.map(|value| {
+                format!(
+                    "its label {MODE}: `{value}` is no mode, so the pod follows its namespace: use enabled or disabled"
+                )
+            });
+            let known = NodePod {
+                namespace: pod.namespace.clone(),
+                name: pod.name.clone(),
+                standing,
+                shown: own.and_then(|own| own.shown.clone()),
+                wrong_label,
+                static_uid: own.and_then(|own| own.static_uid.clone()),
+            };
             (pod.uid.clone(), known)
         };
         of_node.filter(|pod| pod.node == *node && !pod.ended).map(told).collect()

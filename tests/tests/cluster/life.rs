@@ -228,7 +228,20 @@ pub fn settings_change_while_everything_runs(stage: &Stage) {
         events.contains("workres")
     });
     assert_eq!(levels().matches("debug").count(), NODES.len(), "the last good settings stay");
+    // Agents take pods in by these labels, and controllers sign for them: both have to follow.
+    const NS: &str = "ambient";
+    stage.namespace(NS, false);
+    kube.kubectl(&["label", "namespace", NS, "istio.io/dataplane-mode=ambient"]).success();
+    kube.apply(&format!("apiVersion: v1\nkind: ServiceAccount\nmetadata: {{name: new, namespace: {NS}}}\n"));
+    let web = peer(NS, "web", "n1", &["echo", "[::]:8080"]).replace("spec:\n", "spec:\n  serviceAccountName: new\n");
+    kube.apply(&web);
+    kube.ready(NS, "web");
+    assert_eq!(stage.status(NS, "web"), "", "Istio's labels are not looked at");
+    write(&format!("{text}\nistioLabels: true\n"));
+    stage.wait_in_mesh(NS, &["web"]);
     write(&text);
+    kube.eventually("the pod has left", || stage.status(NS, "web").is_empty());
+    stage.forget(NS);
     kube.eventually("the level is back", || !levels().contains("debug"));
 }
 
@@ -247,5 +260,13 @@ pub fn an_upgrade_loses_no_request_and_no_connection(stage: &Stage) {
     load.goes_on(stage, 50);
     let calls = load.unharmed(stage);
     println!("an upgrade: {calls} calls, none failed; {} long connections, none cut", load.chatters.len());
-    stage.forget("upgraded");
+    // The long connections stay, in agents that drain: the check tells them from those that are ill, and an uninstallation
+    // must not wait for them.
+    load.callers.iter().for_each(|pod| {
+        kube.kubectl(&["-n", "upgraded", "delete", "pod", pod, "--wait=false"]).success();
+    });
+    kube.eventually("the agents before were told to end", || {
+        let check = kube.meshctl(&["check"]);
+        check.ok && check.out.matches("drains its open connections").count() == NODES.len()
+    });
 }

@@ -1,6 +1,7 @@
 //! The mesh in a real Kubernetes: real API server, kubelets, containerd and CNI; installed, used, upgraded and removed with
 //! the commands that its users have. One story: the cases run in this order, each in a namespace of its own.
 
+mod faults;
 mod install;
 mod life;
 mod rights;
@@ -31,6 +32,9 @@ const CASES: &[Case<Stage>] = &[
     ("api_server_and_controller_may_be_away", life::api_server_and_controller_may_be_away),
     ("settings_change_while_everything_runs", life::settings_change_while_everything_runs),
     ("an_upgrade_loses_no_request_and_no_connection", life::an_upgrade_loses_no_request_and_no_connection),
+    ("a_broken_ca_changes_nothing", faults::a_broken_ca_changes_nothing),
+    ("a_name_that_is_used_again_is_another_pod", faults::a_name_that_is_used_again_is_another_pod),
+    ("programs_of_a_node_may_be_restarted", faults::programs_of_a_node_may_be_restarted),
     ("accounts_may_do_what_is_written_and_no_more", rights::accounts_may_do_what_is_written_and_no_more),
     ("an_agent_gets_identities_of_its_own_node_only", rights::an_agent_gets_identities_of_its_own_node_only),
     ("what_is_wrong_is_refused_in_a_sentence", rights::what_is_wrong_is_refused_in_a_sentence),

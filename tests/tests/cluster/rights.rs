@@ -16,7 +16,7 @@ const AGENT: &[&str] = &[
     "get,list,watch httproutes.gateway.networking.k8s.io,grpcroutes.gateway.networking.k8s.io,\
      referencegrants.gateway.networking.k8s.io",
     "patch pods",
-    "create events",
+    "create,patch events",
     "in nodemesh-system: get,list,watch configmaps [nodemesh,nodemesh-ca-root]",
 ];
 
@@ -82,10 +82,11 @@ pub fn accounts_may_do_what_is_written_and_no_more(stage: &Stage) {
 fn token_of_agent(stage: &Stage, node: &str, audience: &[&str]) -> String {
     let kube = &stage.kube;
     let fields = format!("spec.nodeName={node}");
-    let path = "jsonpath={.items[0].metadata.name}";
-    let pod = kube
-        .kubectl(&["-n", MESH, "get", "pods", "-l", "app=nodemesh-agent", "--field-selector", &fields, "-o", path])
-        .success();
+    let pods = kube.get(&["-n", MESH, "pods", "-l", "app=nodemesh-agent", "--field-selector", &fields]);
+    // One that drains has a token no more.
+    let serves = |pod: &&Value| pod["metadata"]["deletionTimestamp"].is_null();
+    let pod = pods["items"].as_array().and_then(|all| all.iter().find(serves)).expect("an agent serves the node");
+    let pod = pod["metadata"]["name"].as_str().expect("a pod has a name").to_owned();
     let mut args = vec![
         "-n",
         MESH,
@@ -133,6 +134,31 @@ pub fn an_agent_gets_identities_of_its_own_node_only(stage: &Stage) {
     let other = annotate("near", "example.com/other").failure();
     assert!(other.contains("no annotation but nodemesh.io/status"), "{other}");
     annotate("near", "nodemesh.io/status").success();
+    let event = |name: &str, node: &str| {
+        kube.apply(&format!(
+            "{{apiVersion: v1, kind: Event, metadata: {{name: {name}, namespace: {NS}}}, type: Warning, reason: NodemeshFailed, \
+             message: m, count: 1, involvedObject: {{apiVersion: v1, kind: Pod, namespace: {NS}, name: {name}}}, \
+             source: {{component: nodemesh-agent, host: {node}}}}}\n"
+        ));
+    };
+    event("near", "n1");
+    event("far", "n2");
+    // Applied at the server: `kubectl patch` would read it first, which an agent may not.
+    let patch = |name: &str, fields: &str| {
+        let anonymous = stage.anonymous();
+        let as_agent = ["--token", &token, "--kubeconfig", &anonymous, "-n", NS];
+        let apply = ["apply", "--server-side", "--force-conflicts", "--validate=false", "-f", "-"];
+        let text = format!(
+            "{{apiVersion: v1, kind: Event, metadata: {{name: {name}, namespace: {NS}}}, involvedObject: {{apiVersion: v1, \
+             kind: Pod, namespace: {NS}, name: {name}}}, {fields}}}\n"
+        );
+        kube.kubectl_with(&[&as_agent[..], &apply].concat(), &text)
+    };
+    patch("near", "count: 2").success();
+    let far = patch("far", "count: 2").failure();
+    assert!(far.contains("only to Events of agents of its own node"), "{far}");
+    let other = patch("near", "message: all is well").failure();
+    assert!(other.contains("nothing of an Event but how often and when"), "{other}");
     stage.forget(NS);
 }
 
@@ -150,6 +176,17 @@ pub fn what_is_wrong_is_refused_in_a_sentence(stage: &Stage) {
     assert!(said.contains("10.0.0.300"), "{said}");
     let said = refused(&policy("{action: PERHAPS}"));
     assert!(said.contains("PERHAPS"), "{said}");
+    let wrong =
+        format!("apiVersion: v1\nkind: Namespace\nmetadata: {{name: {NS}, labels: {{nodemesh.io/mode: \"on\"}}}}\n");
+    let said = refused(&wrong);
+    assert!(said.contains("`on` is no mode: use enabled or disabled"), "{said}");
+    // A pod with a wrong label starts, as its namespace has it; whoever looks at it sees why.
+    let odd = peer(NS, "odd", "n1", &["keep", "127.0.0.1:0"]);
+    kube.apply(&odd.replace("{app: odd}", "{app: odd, nodemesh.io/mode: \"on\"}"));
+    kube.eventually("an Event tells of the label", || {
+        let fields = "reason=NodemeshLabel,involvedObject.name=odd";
+        kube.kubectl(&["-n", NS, "get", "events", "--field-selector", fields]).out.contains("use enabled or disabled")
+    });
     kube.apply(&policy("{action: DENY, rules: [{from: [{source: {namespaces: [other]}}]}]}"));
     kube.eventually("the policy shows that it is in force", || {
         let object = kube.get(&["-n", NS, "authorizationpolicy", "p"]);

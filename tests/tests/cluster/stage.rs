@@ -39,14 +39,15 @@ impl Stage {
 
     /// `meshctl install` with what this cluster needs, and more.
     pub fn install_with<'a>(&self, more: &[&'a str]) -> Vec<&'a str> {
+        [&["install", "--timeout", "120s"], self.values().as_slice(), more].concat()
+    }
+
+    /// What this cluster needs.
+    pub fn values(&self) -> Vec<&'static str> {
         static CGROUP: OnceLock<String> = OnceLock::new();
         let cgroup = CGROUP.get_or_init(|| format!("agent.cgroup={}", cgroup2_mount().display()));
-        let mut args =
-            vec!["install", "--profile", "demo", "--set", "image.tag=test", "--set", "image.pullPolicy=Never"];
-        args.extend(["--set", cgroup.as_str(), "--timeout", "120s"]);
-        // An agent that has handed over goes on for as long as its long connections; here these never end.
-        args.extend(["--set", "agent.upgradeDrainSeconds=45"]);
-        args.extend(more);
+        let mut args = vec!["--profile", "demo", "--set", "image.tag=test", "--set", "image.pullPolicy=Never"];
+        args.extend(["--set", cgroup.as_str()]);
         args
     }
 
@@ -97,6 +98,23 @@ impl Stage {
         let secret = |line: &&str| !line.contains("client-certificate") && !line.contains("client-key");
         let text: String = text.lines().filter(secret).flat_map(|line| [line, "\n"]).collect();
         std::fs::write(&path, text).expect("the cluster's folder can be written to");
+        path.display().to_string()
+    }
+
+    /// A kubeconfig of somebody who may see what the role `view` shows, and change nothing.
+    pub fn viewer(&self, namespace: &str) -> String {
+        let kube = &self.kube;
+        kube.kubectl(&["-n", namespace, "create", "serviceaccount", "viewer"]).success();
+        kube.apply(&format!(
+            "apiVersion: rbac.authorization.k8s.io/v1\nkind: ClusterRoleBinding\nmetadata: {{name: test-viewer}}\n\
+             roleRef: {{apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: view}}\n\
+             subjects: [{{kind: ServiceAccount, name: viewer, namespace: {namespace}}}]\n"
+        ));
+        let token = kube.kubectl(&["-n", namespace, "create", "token", "viewer"]).success();
+        let text = std::fs::read_to_string(self.anonymous()).expect("it was just written");
+        let path = kube.folder().join("viewer.conf");
+        let own = format!("    token: {}\n", token.trim());
+        std::fs::write(&path, text + &own).expect("the cluster's folder can be written to");
         path.display().to_string()
     }
 
@@ -161,9 +179,10 @@ pub fn strict(namespace: &str) -> String {
     )
 }
 
-/// What a mesh could leave on a node, but for the folders /run/nodemesh and /var/lib/nodemesh, which stay.
+/// What a mesh could leave on a node.
 pub fn node_state(kube: &Kube, node: &str) -> String {
     let script = "for f in /etc/cni/net.d/*; do echo \"== $f\"; cat \"$f\"; done; ls /opt/cni/bin; ls -R /sys/fs/bpf; \
+                  ls -d /run/nodemesh* /var/lib/nodemesh* 2>/dev/null; \
                   ip route; ip -6 route; ip rule; ip -6 rule; nft list tables";
     let output = kube.on_node(node, "sh").args(["-c", script]).output().expect("a node runs sh");
     String::from_utf8_lossy(&output.stdout).into_owned()

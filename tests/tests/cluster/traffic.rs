@@ -129,8 +129,9 @@ pub fn probes_of_all_kinds_pass_under_strict(stage: &Stage) {
     stage.namespace(NS, true);
     kube.apply(&strict(NS));
     let both = |probe: &str| {
-        let probe = format!("{{{probe}, periodSeconds: 1, failureThreshold: 2}}");
-        format!("    readinessProbe: {probe}\n    livenessProbe: {probe}\n")
+        let of = |failures: u32| format!("{{{probe}, periodSeconds: 1, failureThreshold: {failures}}}");
+        // A server that is slow to start on a busy machine is no probe that was refused.
+        format!("    startupProbe: {}\n    readinessProbe: {}\n    livenessProbe: {}\n", of(60), of(2), of(2))
     };
     let http = ["netexec", "--http-port=8080"];
     let mut pods = String::new();
@@ -282,5 +283,23 @@ pub fn pods_that_cannot_be_in_the_mesh_say_so(stage: &Stage) {
         let events = kube.kubectl(&["-n", NS, "get", "events", "--field-selector", "reason=NodemeshRefused"]).out;
         events.contains("pod/host")
     });
+    // The pods cannot start, for the node has no such runtime; that they will not be in the mesh is said all the same.
+    for (handler, called) in [("runsc", "gVisor"), ("kata-qemu", "Kata")] {
+        let class = format!("refused-{handler}");
+        let text = format!(
+            "apiVersion: node.k8s.io/v1\nkind: RuntimeClass\nmetadata: {{name: {class}}}\nhandler: {handler}\n"
+        );
+        let runtime = format!("spec:\n  runtimeClassName: {class}\n");
+        kube.apply(&(text + &peer(NS, handler, "n1", &["keep", "127.0.0.1:0"]).replace("spec:\n", &runtime)));
+        kube.eventually("the pod says why it is refused", || {
+            let status = stage.status(NS, handler);
+            status.starts_with("refused: ") && status.contains(called)
+        });
+        kube.eventually("an Event says so", || {
+            let fields = format!("reason=NodemeshRefused,involvedObject.name={handler}");
+            kube.kubectl(&["-n", NS, "get", "events", "--field-selector", &fields]).out.contains(called)
+        });
+        kube.kubectl(&["delete", "runtimeclass", &class]).success();
+    }
     stage.forget(NS);
 }

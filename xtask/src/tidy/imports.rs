@@ -82,6 +82,8 @@ const BESIDE: &[(&str, &str)] = &[
     ("config", "telemetry"),
     ("telemetry", "config"),
     ("lifecycle", "config"),
+    // The date of an answer is a point in time.
+    ("api_server", "telemetry"),
     ("app", "cli"),
     ("cli", "app"),
     ("bin", "cli"),

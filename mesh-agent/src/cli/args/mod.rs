@@ -1,7 +1,7 @@
 //! The command line of `mesh-agent`, made from the table of settings; variables and file are laid under its flags.
 
 use std::ffi::OsString;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Arg, ArgAction, ArgMatches, Command};
@@ -16,8 +16,11 @@ use crate::config::{
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Wish {
     Node(Box<Node>, Box<Live>),
-    Cleanup(Cleanup),
-    Controller(Controller),
+    /// And folders that go after it.
+    Cleanup(Cleanup, Vec<PathBuf>),
+    /// How the node is, for meshctl.
+    Facts(Cleanup),
+    Controller(Box<Controller>, Box<Live>),
     Token {
         controller: Controller,
         node: String,
@@ -50,6 +53,17 @@ pub(super) fn command() -> Command {
                 .long("cleanup")
                 .action(ArgAction::SetTrue)
                 .help("Remove all that an agent of this node left in the kernel, then exit"),
+        )
+        // For meshctl, in pods on a cluster's nodes.
+        .arg(Arg::new("facts").long("facts").action(ArgAction::SetTrue).hide(true).conflicts_with("cleanup"))
+        .arg(
+            Arg::new("remove-folder")
+                .long("remove-folder")
+                .value_name("PATH")
+                .action(ArgAction::Append)
+                .value_parser(clap::value_parser!(PathBuf))
+                .hide(true)
+                .requires("cleanup"),
         );
     let token = Command::new("token")
         .about("Print a token with which one node may join")
@@ -124,12 +138,21 @@ pub(super) fn parse(
         Err(error) => return Ok(Wish::Show(from_clap(&error, &help_of(&args))?)),
     };
     match matches.subcommand() {
+        // Whatever the file says, and where there is none.
+        Some(("node", matches)) if matches.get_flag("facts") => {
+            let mut laid = Written::default();
+            lay_over(&mut laid, SETTINGS.iter().filter(|s| s.roles.contains(&Role::Node)), matches, &variable);
+            Ok(Wish::Facts(Cleanup::check(&laid, machine)?))
+        }
         Some(("node", matches)) => {
             let written = gather(matches, Role::Node, &variable)?;
             let mut laid = Written::default();
             lay_over(&mut laid, SETTINGS.iter().filter(|s| s.roles.contains(&Role::Node)), matches, &variable);
             match matches.get_flag("cleanup") {
-                true => Ok(Wish::Cleanup(Cleanup::check(&written, machine)?)),
+                true => {
+                    let folders = matches.get_many::<PathBuf>("remove-folder").into_iter().flatten().cloned().collect();
+                    Ok(Wish::Cleanup(Cleanup::check(&written, machine)?, folders))
+                }
                 false => {
                     let node = Node::check(&written, machine)?;
                     Ok(Wish::Node(Box::new(node), Box::new(Live::new(laid, written, machine.clone()))))
@@ -147,7 +170,13 @@ pub(super) fn parse(
                     token: revoke.get_one::<String>("token").cloned().unwrap_or_default().trim().to_owned(),
                 }),
                 Some(("rotate-root", _)) => Ok(Wish::RotateRoot(Controller::check_for_tools(&written)?)),
-                _ => Ok(Wish::Controller(Controller::check(&written)?)),
+                _ => {
+                    let controller = Controller::check(&written)?;
+                    let mut laid = Written::default();
+                    let settings = SETTINGS.iter().filter(|s| s.roles.contains(&Role::Controller));
+                    lay_over(&mut laid, settings, innermost, &variable);
+                    Ok(Wish::Controller(Box::new(controller), Box::new(Live::new(laid, written, machine.clone()))))
+                }
             }
         }
         _ => unreachable!("clap wants one of the subcommands above"),
@@ -172,10 +201,12 @@ fn gather(
 ) -> Result<Written, ConfigError> {
     let mut written = Written::default();
     let file = matches.get_one::<String>("settings").cloned().or_else(|| variable("NODEMESH_SETTINGS"));
-    if let Some(file) = file {
-        written.read(Path::new(&file))?;
-    }
     lay_over(&mut written, SETTINGS.iter().filter(|s| s.roles.contains(&role)), matches, variable);
+    match (file, role) {
+        (None, _) => {}
+        (Some(file), Role::Node) => written.read_of_node(Path::new(&file))?,
+        (Some(file), Role::Controller) => written.read(Path::new(&file))?,
+    }
     Ok(written)
 }
 

@@ -251,6 +251,20 @@ fn an_agent_with_a_ca_of_its_own_takes_nothing_over() {
 }
 
 #[test]
+fn facts_are_told_whatever_the_settings_file_says() {
+    let Wish::Facts(config) = wish("node --settings /nowhere --facts --node-name b --source kubernetes", &[]).unwrap()
+    else {
+        panic!("facts were asked for");
+    };
+    assert_eq!(config.node_name, "b");
+    let Wish::Cleanup(_, folders) = wish("node --cleanup --remove-folder /a --remove-folder /b", &[]).unwrap() else {
+        panic!("a clean-up was asked for");
+    };
+    assert_eq!(folders, [PathBuf::from("/a"), PathBuf::from("/b")]);
+    assert!(wish("node --remove-folder /a", &[]).is_err(), "an agent that serves removes nothing");
+}
+
+#[test]
 fn cleanup_needs_neither_a_ca_nor_manifests() {
     let expected = Cleanup {
         node_name: "b".to_owned(),
@@ -261,12 +275,12 @@ fn cleanup_needs_neither_a_ca_nor_manifests() {
         cni: None,
         logging: Logging { filter: "info".to_owned(), format: LogFormat::Text },
     };
-    assert_eq!(wish("node --cleanup --node-name b", &[]).unwrap(), Wish::Cleanup(expected));
+    assert_eq!(wish("node --cleanup --node-name b", &[]).unwrap(), Wish::Cleanup(expected, Vec::new()));
 }
 
 #[test]
 fn the_controller_and_its_commands() {
-    let Wish::Controller(controller) = wish("controller --config-dir / --san ca.mesh --san 10.0.0.1", &[]).unwrap()
+    let Wish::Controller(controller, _) = wish("controller --config-dir / --san ca.mesh --san 10.0.0.1", &[]).unwrap()
     else {
         panic!("no controller")
     };
@@ -377,4 +391,23 @@ fn exit_codes_follow_the_cause() {
     assert_eq!(code(&anyhow::anyhow!("low").context(Failure::no_permission("high"))), Exit::NoPermission);
     assert_eq!(sentence(&anyhow::anyhow!("low").context("middle").context("high")), "high: middle: low");
     assert_eq!(sentence(&anyhow::anyhow!("low").context("high: low")), "high: low");
+}
+
+#[test]
+fn a_node_without_its_settings_file_takes_what_was_last_good() {
+    let state = tempfile::tempdir().unwrap();
+    let line = |source: &str| {
+        let state = state.path().display();
+        format!("node --embedded-ca --source {source} --config-dir / --settings /no/such/file --state-dir {state}")
+    };
+    let sentence_of = |line: &str| sentence(&wish(line, &[]).expect_err(line));
+    let said = sentence_of(&line("kubernetes"));
+    assert!(said.contains("no last good settings are on this node: put it back with `meshctl upgrade`"), "{said}");
+    std::fs::write(state.path().join(crate::config::LAST_GOOD_SETTINGS), "trustDomain: example.org\n").unwrap();
+    let Wish::Node(node, _) = wish(&line("kubernetes"), &[]).unwrap() else { panic!("no node") };
+    assert_eq!(node.trust_domain, TrustDomain::new("example.org").unwrap());
+    assert!(
+        sentence_of(&line("directory")).starts_with("cannot read the settings file /no/such/file"),
+        "elsewhere it is an error"
+    );
 }

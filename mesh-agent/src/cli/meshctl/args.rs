@@ -41,6 +41,8 @@ pub(super) enum Task {
     Show(Page),
     /// Whether the agent of this very pod serves and is ready.
     Ready,
+    /// Cut what the agent of this very container still has open, and end it.
+    End,
     /// Show the level, or set it.
     Log(Option<String>),
     Analyze(Analysis),
@@ -97,6 +99,7 @@ fn command() -> Command {
         .arg(Arg::new("level").value_name("LEVEL").help("error, warn, info, debug, trace, off, or target=level,..."));
     // For the probe of the agent's container, and scripts that wait for an agent.
     let ready = Command::new("ready").about("Succeed if the agent is ready").hide(true);
+    let end = Command::new("end").about("End the agent of this container, whatever it has open").hide(true);
     let analyze = Command::new("analyze")
         .about("Check a directory of manifests; needs no agent")
         .arg(namespace())
@@ -142,6 +145,7 @@ fn command() -> Command {
         .subcommands(pages)
         .subcommand(log)
         .subcommand(ready)
+        .subcommand(end)
         .subcommand(analyze)
         .subcommand(uninstall)
 }
@@ -193,6 +197,7 @@ pub(super) fn parse(
         (Some(task), ..) => Task::Cluster(task),
         (None, _, Some((_, page, _))) => Task::Show(*page),
         (None, "ready", None) => Task::Ready,
+        (None, "end", None) => Task::End,
         (None, "log", None) => Task::Log(log_level(inner)?),
         (None, "analyze", None) => {
             let mut written = Written::default();

@@ -17,7 +17,7 @@ use crate::cli::exit::{Exit, Failure};
 
 pub(super) enum Client {
     Socket(Socket),
-    Pod(Pod),
+    Pod(Box<Pod>),
 }
 
 pub(super) struct Socket {

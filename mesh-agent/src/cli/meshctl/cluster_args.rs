@@ -7,7 +7,7 @@ use clap::{Arg, ArgAction, ArgMatches, Command};
 
 use super::args::Place;
 use super::chart::Given;
-use super::cluster::{Access, Compared, Install, Task, Uninstall};
+use super::cluster::{Access, Check, Compared, Install, Task, Uninstall};
 use crate::cli::exit::Failure;
 use crate::config::duration;
 
@@ -41,12 +41,14 @@ pub(super) fn commands() -> Vec<Command> {
         .args(values())
         .arg(mesh_namespace())
         .arg(dry_run())
+        .arg(yes())
         .arg(timeout("How long it may take until all is ready [default: 5m]"));
     let upgrade = Command::new("upgrade")
         .about("Bring the installed mesh to this version, node by node")
         .args(values())
         .arg(mesh_namespace())
         .arg(dry_run())
+        .arg(yes())
         .arg(timeout("How long each node may take [default: 5m]"));
     let generate = Command::new("generate").about("Print what would be installed").args(values()).arg(mesh_namespace());
     let diff = Command::new("diff")
@@ -74,7 +76,14 @@ pub(super) fn commands() -> Vec<Command> {
         ]);
     let check = Command::new("check")
         .about("Whether a cluster can take the mesh, and how it is once it has")
-        .arg(mesh_namespace());
+        .arg(mesh_namespace())
+        .arg(
+            Arg::new("nodes")
+                .long("nodes")
+                .action(ArgAction::SetTrue)
+                .help("Look at nodes without an agent too: a pod on each, as an agent's, for a moment"),
+        )
+        .args(values());
     let version = Command::new("version")
         .about("Of this program, and of what runs in the cluster")
         .arg(mesh_namespace())
@@ -124,6 +133,14 @@ fn dry_run() -> Arg {
     Arg::new("dry-run").long("dry-run").action(ArgAction::SetTrue).help("Say what would be done, and do nothing")
 }
 
+fn yes() -> Arg {
+    Arg::new("yes")
+        .short('y')
+        .long("yes")
+        .action(ArgAction::SetTrue)
+        .help("Go on though agents cannot hand over, which cuts connections")
+}
+
 fn timeout(help: &'static str) -> Arg {
     Arg::new("timeout").long("timeout").value_name("TIME").default_value("5m").hide_default_value(true).help(help)
 }
@@ -155,7 +172,7 @@ pub(super) fn task(name: &str, matches: &ArgMatches, place: Place) -> Result<Opt
             force: matches.get_flag("force"),
             purge: matches.get_flag("purge"),
         }),
-        ("check", _) => Task::Check,
+        ("check", _) => Task::Check(Check { given: given(matches), nodes: matches.get_flag("nodes") }),
         ("version", _) => Task::Version { client: matches.get_flag("client") },
         ("manifest", Some(("generate", inner))) => Task::Generate(given(inner)),
         ("manifest", Some((_, inner))) => {
@@ -185,7 +202,12 @@ pub(super) fn task(name: &str, matches: &ArgMatches, place: Place) -> Result<Opt
 }
 
 fn install(matches: &ArgMatches) -> Result<Install, Failure> {
-    Ok(Install { given: given(matches), dry_run: matches.get_flag("dry-run"), timeout: time(matches)? })
+    Ok(Install {
+        given: given(matches),
+        dry_run: matches.get_flag("dry-run"),
+        timeout: time(matches)?,
+        yes: matches.get_flag("yes"),
+    })
 }
 
 fn given(matches: &ArgMatches) -> Given {

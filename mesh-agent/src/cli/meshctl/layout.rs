@@ -159,7 +159,7 @@ fn cut(text: &str, width: usize, cut: Cut) -> String {
 
 /// Breaks `text` between words; the second and later lines begin with `indent` blanks. A word that is too long stays
 /// whole: it is a path or a name that somebody wants to copy.
-pub(super) fn wrap(text: &str, width: usize, indent: usize) -> String {
+pub(in crate::cli) fn wrap(text: &str, width: usize, indent: usize) -> String {
     let mut out = String::new();
     let mut column = 0;
     for word in text.split(' ') {

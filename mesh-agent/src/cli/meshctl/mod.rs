@@ -7,6 +7,7 @@ mod chart;
 mod client;
 mod cluster;
 mod cluster_args;
+mod end;
 mod layout;
 mod lists;
 mod status;
@@ -22,6 +23,7 @@ use serde::de::DeserializeOwned;
 
 use self::args::{Output, Page, Place, Task, Wish};
 use self::client::Client;
+pub(super) use self::layout::wrap;
 use self::layout::{Screen, Table};
 use super::cleanup::cleanup;
 use super::exit::Failure;
@@ -34,12 +36,17 @@ pub(super) fn run(args: impl IntoIterator<Item = OsString>) -> anyhow::Result<()
         Err(text) => return Ok(write!(io::stdout(), "{text}")?),
     };
     let screen = Screen {
-        width: Table::terminal_width().unwrap_or(Screen::WIDTH).max(Screen::WIDTH),
+        width: terminal_width(),
         wide: wish.output == Output::Wide,
         colour: io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty()),
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(perform(wish, screen, &mut io::stdout().lock()))
+}
+
+/// Of the terminal, where there is one.
+pub(super) fn terminal_width() -> usize {
+    Table::terminal_width().unwrap_or(Screen::WIDTH).max(Screen::WIDTH)
 }
 
 /// What one agent said.
@@ -55,6 +62,7 @@ async fn perform(wish: Wish, screen: Screen, out: &mut impl Write) -> anyhow::Re
         Task::Cluster(task) => return cluster::perform(task, &access, output, screen, out).await,
         Task::Uninstall(config) => return cleanup(config, out),
         Task::Analyze(analysis) => return analyze::analyze(analysis, output, namespace.as_deref(), screen, out),
+        Task::End => return end::end().await,
         Task::Show(_) | Task::Log(_) | Task::Ready => {}
     }
     let in_cluster = match place {
@@ -67,7 +75,7 @@ async fn perform(wish: Wish, screen: Screen, out: &mut impl Write) -> anyhow::Re
     let (clients, missing) = match in_cluster {
         true => {
             let agents = cluster::remote::agents(&access, node.as_deref()).await?;
-            (agents.into_iter().map(|pod| (pod.node.clone(), Client::Pod(pod))).collect(), None)
+            (agents.into_iter().map(|pod| (pod.node.clone(), Client::Pod(Box::new(pod)))).collect(), None)
         }
         false => connect(&sockets).await?,
     };
@@ -119,7 +127,7 @@ async fn perform(wish: Wish, screen: Screen, out: &mut impl Write) -> anyhow::Re
             let answers = asked.each(|client| client.set_log_level(&level)).await?;
             asked.log_levels(&answers, "is now", out)?;
         }
-        Task::Analyze(_) | Task::Uninstall(_) | Task::Cluster(_) => {}
+        Task::Analyze(_) | Task::Uninstall(_) | Task::Cluster(_) | Task::End => {}
     }
     out.flush()?;
     match asked.missing.into_inner() {

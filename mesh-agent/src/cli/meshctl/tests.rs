@@ -384,9 +384,9 @@ fn colours_stand_around_the_word_only() {
 
 #[test]
 fn words_wrap_between_words_and_long_ones_stay_whole() {
-    assert_eq!(layout::wrap("aaa bbb ccc", 7, 2), "aaa bbb\n  ccc");
-    assert_eq!(layout::wrap("/a/very/long/path b", 8, 0), "/a/very/long/path\nb");
-    assert_eq!(layout::wrap("", 8, 0), "");
+    assert_eq!(wrap("aaa bbb ccc", 7, 2), "aaa bbb\n  ccc");
+    assert_eq!(wrap("/a/very/long/path b", 8, 0), "/a/very/long/path\nb");
+    assert_eq!(wrap("", 8, 0), "");
 }
 
 #[test]

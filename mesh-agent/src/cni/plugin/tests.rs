@@ -2,7 +2,9 @@ use std::io::BufRead;
 use std::os::unix::net::UnixListener;
 use std::sync::mpsc;
 
+use super::super::take_unjudged;
 use super::*;
+use crate::model::Unjudged;
 
 const UID: &str = "3c1b8a52-1f0e-4a0d-9d3e-6d1f0c0a7b11";
 
@@ -111,8 +113,34 @@ fn without_an_agent_only_pods_of_the_mesh_are_held_up() {
         assert!(fault.message.starts_with(&begin), "{}", fault.message);
         assert!(fault.message.ends_with("from running; kubelet tries again by itself"), "{}", fault.message);
     }
-    std::fs::remove_file(node.members()).unwrap();
-    assert_eq!(node.call("ADD", "shop", UID, 60), Ok(PREVIOUS.to_owned()), "nothing is known of any mesh");
+    assert!(take_unjudged(&node.members()).is_empty());
+    let spoilt: [fn(&Path); 2] =
+        [|path| std::fs::write(path, "{").unwrap(), |path| std::fs::remove_file(path).unwrap()];
+    for spoil in spoilt {
+        spoil(&node.members());
+        assert_eq!(node.call("ADD", "shop", UID, 60), Ok(PREVIOUS.to_owned()), "nothing is known of any mesh");
+        let noted = Unjudged { namespace: "shop".into(), name: "web".into(), uid: UID.into() };
+        assert_eq!(take_unjudged(&node.members()), [noted], "and that is not silent");
+    }
+}
+
+#[test]
+fn an_agent_that_hands_over_ends_its_questions_and_the_next_one_is_asked() {
+    let node = Node::new();
+    let questions = node.agents(vec![
+        Agent::DiesAfter(vec![]),
+        Agent::DiesAfter(vec![]),
+        Agent::Says(vec![Said::Waiting, Said::Enrolled]),
+    ]);
+    let text = node.configuration(60);
+    // Its namespace has just come into the mesh: the file does not know it.
+    let add = |patience| call(&environment("ADD", "other", UID), &text, patience);
+    assert_eq!(add(Duration::from_secs(60)), Ok(PREVIOUS.to_owned()));
+    assert_eq!(questions.iter().count(), 3);
+    // Where no next one comes, the pod is not held up for longer than for any other agent.
+    let node = Node::new();
+    node.agents(vec![Agent::DiesAfter(vec![])]);
+    assert_eq!(node.call("ADD", "other", UID, 600), Ok(PREVIOUS.to_owned()));
 }
 
 #[test]

@@ -17,6 +17,10 @@ struct Agent {
     places: Arc<Places>,
     /// Pods that the API server was asked for.
     asked: mpsc::UnboundedReceiver<String>,
+    /// What the pod turns out to be once its Namespace was read; nothing new where there is nothing.
+    by_namespace: Arc<Mutex<Option<Standing>>>,
+    serving: tokio::task::JoinHandle<()>,
+    handed: (OwnedFd, KeptFile),
 }
 
 struct Plugin(BufReader<UnixStream>);
@@ -29,26 +33,41 @@ impl Plugin {
     }
 }
 
+fn known(standing: Standing) -> Arc<NodePods> {
+    let pod = NodePod { namespace: "shop".into(), name: "web".into(), standing, ..NodePod::default() };
+    Arc::new(NodePods { pods: [("u".into(), pod)].into(), ..NodePods::default() })
+}
+
 impl Agent {
     /// `in_api` is what the API server answers.
     fn new(in_api: Option<Value>) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let (pods, node_pods) = watch::channel(Arc::default());
         let (statuses, told) = watch::channel(Arc::default());
-        let places = Arc::new(Places::Processes(Processes::new(folder.path())));
+        let places = Arc::new(Places::Processes(Processes::new(folder.path(), node_pods.clone())));
         let (ask, asked) = mpsc::unbounded_channel();
         let ask_for_pod: AskForPod = Box::new(move |namespace, name| {
             ask.send(format!("{namespace}/{name}")).unwrap();
             let answer = in_api.clone();
             Box::pin(async move { Ok(answer) })
         });
-        let inputs = Inputs { node_pods, statuses: told, places: places.clone(), hints: Hints::default(), ask_for_pod };
-        let server = CniServer::bind(&folder.path().join("cni.sock"), inputs).unwrap();
-        tokio::spawn(server.run());
+        let by_namespace: Arc<Mutex<Option<Standing>>> = Arc::default();
+        let (tell, standing) = (pods.clone(), by_namespace.clone());
+        let ask_for_namespace: AskForNamespace = Box::new(move |_| {
+            if let Some(standing) = standing.lock().unwrap().clone() {
+                tell.send_replace(known(standing));
+            }
+            Box::pin(async { Ok(None) })
+        });
+        let (places_too, hints) = (places.clone(), Hints::default());
+        let inputs = Inputs { node_pods, statuses: told, places: places_too, hints, ask_for_pod, ask_for_namespace };
+        let server = CniServer::bind(&folder.path().join("cni.sock"), None, inputs).unwrap();
+        let handed = server.to_hand_over().unwrap();
+        let serving = tokio::spawn(server.run());
         for name in ["netns", "netns-2"] {
             std::fs::write(folder.path().join(name), "").unwrap();
         }
-        Self { folder, pods, statuses, places, asked }
+        Self { folder, pods, statuses, places, asked, by_namespace, serving, handed }
     }
 
     fn attachment(&self, container: &str, netns: &str, uid: &str) -> Attachment {
@@ -82,8 +101,7 @@ impl Agent {
     }
 
     fn knows(&self, standing: Standing) {
-        let pod = NodePod { namespace: "shop".into(), name: "web".into(), standing, shown: None };
-        self.pods.send_replace(Arc::new(NodePods { pods: [("u".into(), pod)].into(), ..NodePods::default() }));
+        self.pods.send_replace(known(standing));
     }
 
     fn says(&self, netns: Option<&str>, problem: Option<&str>) {
@@ -109,6 +127,19 @@ async fn a_pod_outside_of_the_mesh_is_answered_at_once() {
     }
     agent.pods.send_replace(Arc::default());
     assert_eq!(agent.add().await.hears().await, Said::Outside, "nobody knows it, and its namespace is not in the mesh");
+}
+
+/// Kinds are watched apart: the pod may be known while its Namespace, or the label of it, is not.
+#[tokio::test]
+async fn a_pod_whose_namespace_has_just_come_into_the_mesh_is_not_let_go() {
+    for known_as in [Some(Standing::Outside), Some(Standing::Unclear), None] {
+        let agent = Agent::new(None);
+        if let Some(standing) = known_as.clone() {
+            agent.knows(standing);
+        }
+        *agent.by_namespace.lock().unwrap() = Some(Standing::Enabled);
+        assert_eq!(agent.add().await.hears().await, Said::Waiting, "known as {known_as:?}");
+    }
 }
 
 #[tokio::test]
@@ -137,6 +168,36 @@ async fn a_pod_of_the_mesh_waits_until_it_is_enrolled_where_it_is_now() {
         assert_eq!(agent.call(Command::Del { container: "c2".into() }).await.hears().await, Said::Done);
     }
     assert!(!agent.places.has_moved("u", agent.netns("netns")), "all is forgotten");
+}
+
+#[tokio::test]
+async fn an_agent_that_hands_over_ends_its_questions_and_the_next_one_has_its_socket() {
+    let agent = Agent::new(None);
+    agent.knows(Standing::Enabled);
+    let mut plugin = agent.add().await;
+    assert_eq!(plugin.hears().await, Said::Waiting);
+    let path = agent.folder.path().join("cni.sock");
+    let (fd, file) = agent.handed;
+    file.keep();
+    agent.serving.abort();
+    let mut rest = String::new();
+    assert_eq!(timeout(PATIENCE, plugin.0.read_line(&mut rest)).await.unwrap().unwrap(), 0, "its deadline is 60 s");
+    // Who asks now waits for the next agent, and is not refused.
+    let mut asks = UnixStream::connect(&path).await.unwrap();
+    asks.write_all(&line(&Request::new(Command::Del { container: "c".into() }))).await.unwrap();
+    let next = Agent::new(None);
+    let node_pods = next.pods.subscribe();
+    let inputs = Inputs {
+        node_pods,
+        statuses: next.statuses.subscribe(),
+        places: next.places.clone(),
+        hints: Hints::default(),
+        ask_for_pod: Box::new(|_, _| Box::pin(async { Ok(None) })),
+        ask_for_namespace: Box::new(|_| Box::pin(async { Ok(None) })),
+    };
+    let handed = PrivateSocket::handed_over(&path, fd.into()).unwrap();
+    tokio::spawn(CniServer::bind(&path, Some(handed), inputs).unwrap().run());
+    assert_eq!(Plugin(BufReader::new(asks)).hears().await, Said::Done);
 }
 
 #[tokio::test]
@@ -194,6 +255,18 @@ async fn a_pod_that_nobody_knows_counts_as_its_namespace() {
     assert_eq!(plugin.hears().await, Said::Waiting);
     let Said::Failed { message } = plugin.hears().await else { panic!("no failure") };
     assert!(message.contains("the API server has not told of it yet"), "{message}");
+}
+
+#[tokio::test]
+async fn a_static_pod_that_is_known_is_not_asked_for() {
+    let mut agent = Agent::new(None);
+    let pod = NodePod { static_uid: Some("of-the-file".into()), ..known(Standing::Enabled).pods["u"].clone() };
+    agent.pods.send_replace(Arc::new(NodePods { pods: [("u".into(), pod)].into(), ..NodePods::default() }));
+    let mut plugin = agent.call(Command::Add(agent.attachment("c1", "netns", "of-the-file"))).await;
+    assert_eq!(plugin.hears().await, Said::Waiting);
+    agent.says(Some("netns"), None);
+    assert_eq!(plugin.hears().await, Said::Enrolled, "enrolment was told of it by its uid in the API");
+    assert!(agent.asked.try_recv().is_err());
 }
 
 #[tokio::test]

@@ -9,7 +9,7 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 use super::super::join_token::REVOKED;
-use super::super::testing::{certificate_options, domain, eventually, handshake, id, open_ca};
+use super::super::testing::{certificate_options, domain, eventually, handshake, id, open_ca, pass};
 use super::super::{Ca, CaOptions, CaServerOptions, Certificates, Clock, JoinTokens, RunsOn, bind, serve};
 use super::*;
 
@@ -131,6 +131,30 @@ async fn each_bad_token_is_refused_with_its_reason() {
         let problem = a.certificates.ensure(&id("web")).await.unwrap_err();
         assert!(problem.contains(word), "{word}: {problem}");
     }
+}
+
+#[tokio::test]
+async fn clocks_that_differ_are_named() {
+    let hour = Duration::from_secs(3600);
+    // The controller's clock is ahead: its own certificate begins in what is the future here.
+    let (dir, ahead) = (tempfile::tempdir().unwrap(), Clock::tokio());
+    pass(hour).await;
+    let ca = Ca::open(CaOptions { clock: ahead, ..CaOptions::new(dir.path(), domain()) }).unwrap();
+    let controller = Controller::start_with(ca, dir.path(), "127.0.0.1:0".parse().unwrap()).await;
+    let a = node(&[controller.address], &controller.token("node-a"), "node-a");
+    let problem = a.certificates.ensure(&id("web")).await.unwrap_err();
+    assert!(problem.contains("the certificate is valid from 2"), "{problem}");
+    assert!(problem.contains("Z: compare the clocks"), "{problem}");
+
+    // The node's is: what the controller signs has ended here already.
+    let (dir, node_dir, ahead) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), Clock::tokio());
+    let controller = Controller::start(dir.path()).await;
+    pass(hour * 25).await;
+    let token = controller.token("node-a");
+    let client = CaClient::new(options(&[controller.address], &token, "node-a", node_dir.path())).unwrap();
+    let problem = Certificates::remote(client, certificate_options(ahead)).ensure(&id("web")).await.unwrap_err();
+    assert!(problem.contains("the certificate has expired at 2"), "{problem}");
+    assert!(problem.contains("compare the clocks"), "{problem}");
 }
 
 #[tokio::test]
@@ -320,6 +344,43 @@ async fn an_istio_client_dials_by_name_and_root_file() {
     });
     let certificates = Certificates::remote(client.unwrap(), certificate_options(Clock::system()));
     certificates.ensure(&id("web")).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_root_that_its_owner_has_replaced_is_taken_without_a_restart() {
+    let (dir, other, node_dir) =
+        (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let controller = Controller::start(dir.path()).await;
+    let address = controller.address;
+    let token_file = node_dir.path().join("token");
+    std::fs::write(&token_file, controller.token("node-a")).unwrap();
+    let client = CaClient::new(CaClientOptions {
+        addresses: vec![address.to_string()],
+        credential: Credential::ServiceAccount {
+            token_file: token_file.clone(),
+            roots_pem: controller.ca.bundle().pem(),
+        },
+        state_dir: node_dir.path().to_owned(),
+        deadline: Duration::from_secs(10),
+    })
+    .unwrap();
+    let certificates = Certificates::remote(client.clone(), certificate_options(Clock::system()));
+    certificates.ensure(&id("web")).await.unwrap();
+    let serial = || certificates.list()[0].serial.clone();
+    let before = serial();
+    controller.stop().await;
+    // Another CA altogether, with nothing of the old one.
+    let controller = Controller::start_with(open_ca(other.path()), other.path(), address).await;
+    std::fs::write(&token_file, controller.token("node-a")).unwrap();
+    let untrusted = client.ask_bundle().await.err().unwrap().text;
+    assert!(untrusted.contains("ends in no root that is trusted here"), "{untrusted}");
+    client.trust("no certificate").unwrap_err();
+    assert!(client.trust(&controller.ca.bundle().pem()).unwrap());
+    assert!(!client.trust(&controller.ca.bundle().pem()).unwrap());
+    // Far sooner than it would be renewed, or tried again.
+    eventually("a certificate of the new root", || serial() != before && certificates.list()[0].problem.is_none())
+        .await;
+    controller.stop().await;
 }
 
 #[tokio::test]

@@ -43,7 +43,7 @@ pub enum PathRewrite {
     Elements(Arc<str>),
     /// The same by letters. Istio's.
     Prefix(Arc<str>),
-    /// Of the path with its query, all places that match.
+    /// All places of the path that match; the query stays.
     Pattern { pattern: Pattern, substitution: Arc<str> },
 }
 

@@ -13,7 +13,7 @@ use tokio::net::TcpStream;
 
 use super::record::{self, Opener, RecordError, Sealer};
 use super::{ALPN_HBONE, ALPN_SESSION, buffers, io as sock};
-use crate::identity::{PeerError, peer_identity};
+use crate::identity::{PeerError, describe, peer_identity};
 use crate::model::SpiffeId;
 
 /// How long a handshake may take; a peer that is slower is cut off.
@@ -50,7 +50,7 @@ pub enum HandshakeError {
     Closed,
     #[error("the TLS handshake took more than {} seconds", TIMEOUT.as_secs())]
     TimedOut,
-    #[error("no mutual TLS: {0}")]
+    #[error("no mutual TLS: {}", describe(.0))]
     Tls(#[from] rustls::Error),
     #[error("the peer's certificate is not a workload's: {0}")]
     Peer(#[from] PeerError),

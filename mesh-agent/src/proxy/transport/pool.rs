@@ -103,6 +103,8 @@ pub struct Dialer<'a> {
     /// For so long a refused connection to port 15008 is tried again: the peer's agent may be starting, or taking the
     /// pod in.
     pub patience: Duration,
+    /// Whether the model still has the peer in the mesh: one that has left will never listen there.
+    pub is_wanted: &'a dyn Fn() -> bool,
     /// How long the server's application may take.
     pub wait: Duration,
     /// When the caller gives up.
@@ -355,7 +357,11 @@ async fn dial_tcp(dialer: &Dialer<'_>, address: SocketAddr) -> io::Result<tokio:
     let mut pause = Duration::from_millis(10);
     loop {
         match connect::from_pod(dialer.pod, dialer.redirect, address, Use::Tunnel).await {
-            Err(e) if e.kind() == io::ErrorKind::ConnectionRefused && Instant::now() + pause < deadline => {
+            Err(e)
+                if e.kind() == io::ErrorKind::ConnectionRefused
+                    && Instant::now() + pause < deadline
+                    && (dialer.is_wanted)() =>
+            {
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(Duration::from_millis(200));
             }

@@ -26,7 +26,15 @@ pub(in crate::translate) struct Mode {
     istio_is_wrong: bool,
 }
 
+/// The label of ours.
+pub(in crate::translate) const MODE: &str = "nodemesh.io/mode";
+
 impl Mode {
+    /// Whether the label of ours has a value that is no mode.
+    pub fn is_wrong(self) -> bool {
+        self.nodemesh_is_wrong
+    }
+
     pub fn is_clear(self, istio_labels: bool) -> bool {
         let wrong = self.nodemesh_is_wrong || istio_labels && self.istio_is_wrong;
         !wrong
@@ -137,7 +145,7 @@ fn mode(labels: &Labels, otherwise: Option<&str>, report: &mut Report) -> Mode {
                 (None, true)
             }
         };
-    let (nodemesh, nodemesh_is_wrong) = read("nodemesh.io/mode", "enabled", "disabled", otherwise);
+    let (nodemesh, nodemesh_is_wrong) = read(MODE, "enabled", "disabled", otherwise);
     let passed_over = Some(otherwise.unwrap_or("the label is passed over"));
     let (istio, istio_is_wrong) = read("istio.io/dataplane-mode", "ambient", "none", passed_over);
     Mode { nodemesh, istio, nodemesh_is_wrong, istio_is_wrong }

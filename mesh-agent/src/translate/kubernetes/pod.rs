@@ -28,6 +28,8 @@ pub(in crate::translate) struct Pod {
     pub runtime_class: String,
     /// What the agent has written into the annotation `nodemesh.io/status`.
     pub shown: Option<String>,
+    /// The uid by which the kubelet knows a static pod, whose image in the API has one of its own.
+    pub static_uid: Option<String>,
     pub node: String,
     pub service_account: String,
     /// At most one of each family.
@@ -110,6 +112,8 @@ struct Condition {
 
 const NETNS: &str = "nodemesh.io/netns";
 const SHOWN: &str = "nodemesh.io/status";
+/// Written by the kubelet, but anybody who makes a pod may write it too.
+const MIRROR: &str = "kubernetes.io/config.mirror";
 
 pub(in crate::translate) fn pod(object: &Object, report: &mut Report) -> Option<Pod> {
     let Manifest { metadata, spec, status } = report.read(object)?;
@@ -128,6 +132,7 @@ pub(in crate::translate) fn pod(object: &Object, report: &mut Report) -> Option<
         terminating: metadata.deletion_timestamp.is_some(),
         created: metadata.creation_timestamp,
         shown: metadata.annotations.get(SHOWN).cloned(),
+        static_uid: metadata.annotations.get(MIRROR).filter(|uid| is_hash(uid)).cloned(),
         runtime_class: spec.runtime_class_name,
         name: metadata.name,
         namespace,
@@ -139,6 +144,13 @@ pub(in crate::translate) fn pod(object: &Object, report: &mut Report) -> Option<
         service_account,
     };
     report.unless_broken(pod)
+}
+
+/// A static pod's uid is a hash of its file. That of any other pod is none: with the annotation, a pod's owner must not get
+/// another's processes for its own. Nor does a forged one come into the mesh: kubelet gives no address to a pod that mirrors
+/// nothing.
+fn is_hash(uid: &str) -> bool {
+    uid.len() == 32 && uid.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
 }
 
 /// The identity is made later, with the mesh's trust domain; its shape can be judged here.

@@ -17,7 +17,11 @@ pub(super) fn check(value: &Value, schema: &Value, path: &str) -> Result<(), Str
         _ => Vec::new(),
     };
     if !types.is_empty() && !types.iter().any(|kind| is(value, kind)) {
-        return Err(format!("`{path}` is {}; it has to be {}", shown(value), types.join(" or ")));
+        return Err(format!(
+            "`{path}` is {}; it has to be {}",
+            shown(value),
+            types.iter().map(|kind| in_words(kind)).collect::<Vec<_>>().join(" or ")
+        ));
     }
     if let Some(allowed) = schema["enum"].as_array()
         && !allowed.contains(value)
@@ -59,6 +63,18 @@ fn is(value: &Value, kind: &str) -> bool {
         "integer" => value.is_i64() || value.is_u64(),
         "number" => value.is_number(),
         _ => false,
+    }
+}
+
+fn in_words(kind: &str) -> &str {
+    match kind {
+        "object" => "a map",
+        "array" => "a list",
+        "string" => "a text",
+        "boolean" => "true or false",
+        "integer" => "a whole number",
+        "number" => "a number",
+        other => other,
     }
 }
 

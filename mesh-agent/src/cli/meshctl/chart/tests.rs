@@ -78,7 +78,7 @@ fn what_the_chart_does_not_know_is_refused_in_a_sentence() {
     refused("agent.resorces.limits=1", "there is no value `agent.resorces`; did you mean `agent.resources`?");
     refused("foo=1", "there is no value `foo`; `meshctl profile dump` shows them all");
     refused("controller.replicas=0", "`controller.replicas` is 0; it has to be 1 at least");
-    refused("controller.replicas=two", "`controller.replicas` is \"two\"; it has to be integer");
+    refused("controller.replicas=two", "`controller.replicas` is \"two\"; it has to be a whole number");
     refused("cni.confDir=etc", "`cni.confDir` is \"etc\"; it has to be a path from the root");
     refused("webhook.failurePolicy=Maybe", "`webhook.failurePolicy` is \"Maybe\"; it has to be one of Ignore, Fail");
     refused("settings.cert-lifetime=1h", "settings: line 1: unknown setting `cert-lifetime`; write `certLifetime`");

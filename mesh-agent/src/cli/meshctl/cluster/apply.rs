@@ -65,6 +65,36 @@ pub(super) async fn apply(server: &ApiServer, object: &Value, dry_run: bool) -> 
     })
 }
 
+/// Kinds into which a user's values go.
+const BY_VALUES: [&str; 5] = ["ConfigMap", "Service", "PodDisruptionBudget", "Deployment", "DaemonSet"];
+
+/// Whether the API server takes the objects that values make: what it refuses must not be found out half way. The namespace
+/// must be there.
+pub(super) async fn trial(server: &ApiServer, objects: &[Value]) -> anyhow::Result<()> {
+    for object in objects.iter().filter(|o| BY_VALUES.iter().any(|kind| o["kind"] == *kind)) {
+        let (kind, space, name) = (kind_of(object)?, namespace(object), name(object));
+        match server.apply(kind, space, name, "", object, MANAGER, true).await {
+            Err(ApiError::Refused { why, .. }) => {
+                let why = reason(&why);
+                return Err(Failure::usage(format!(
+                    "nothing was installed, since the API server refuses the {}: {why}; correct that value",
+                    title(object)
+                ))
+                .into());
+            }
+            tried => drop(tried?),
+        }
+    }
+    Ok(())
+}
+
+/// Of `failed to convert ...: unable to convert unstructured object to apps/v1, Kind=X: reason` only what tells more.
+fn reason(why: &str) -> &str {
+    let converted =
+        why.split_once("unable to convert unstructured object to ").and_then(|(_, rest)| rest.split_once(": "));
+    converted.map_or(why, |(_, reason)| reason).trim_end_matches('.')
+}
+
 /// Says what was done, a line for each object that is another now.
 pub(super) async fn apply_all(
     server: &ApiServer,
@@ -158,4 +188,17 @@ pub(super) async fn remove(
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_a_refusal_the_reason_is_told() {
+        let long = "failed to convert new object (a/b; apps/v1, Kind=DaemonSet) to proper version: unable to convert \
+                    unstructured object to apps/v1, Kind=DaemonSet: quantities must match '^x$'";
+        assert_eq!(reason(long), "quantities must match '^x$'");
+        assert_eq!(reason("spec.x: Invalid value: \"y\"."), "spec.x: Invalid value: \"y\"");
+    }
 }

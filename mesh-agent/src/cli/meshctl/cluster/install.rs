@@ -7,7 +7,8 @@ use serde_json::{Value, json};
 
 use super::apply::{self, MANAGER, RECORD};
 use super::objects::{AGENT, CLUSTER_ROLE_BINDING};
-use super::{Access, check, ready};
+use super::turn::Turn;
+use super::{Access, check, handover, ready};
 use crate::api_server::{ApiServer, Kind};
 use crate::cli::exit::Failure;
 use crate::cli::meshctl::chart::{self, Given, VERSION};
@@ -18,6 +19,8 @@ pub(in crate::cli::meshctl) struct Install {
     pub(in crate::cli::meshctl) given: Given,
     pub(in crate::cli::meshctl) dry_run: bool,
     pub(in crate::cli::meshctl) timeout: Duration,
+    /// Go on though connections will be cut.
+    pub(in crate::cli::meshctl) yes: bool,
 }
 
 /// The chart as meshctl installs it: with the namespace, which Helm makes by itself.
@@ -30,7 +33,7 @@ pub(super) fn rendered(overrides: &Value, namespace: &str) -> anyhow::Result<cha
 }
 
 pub(super) async fn install(access: &Access, wish: &Install, out: &mut impl Write) -> anyhow::Result<()> {
-    let Install { given, dry_run, timeout } = wish;
+    let Install { given, dry_run, .. } = wish;
     let overrides = chart::overrides(given)?;
     let rendered = rendered(&overrides, &access.namespace)?;
     let server = access.connect().await?;
@@ -41,14 +44,37 @@ pub(super) async fn install(access: &Access, wish: &Install, out: &mut impl Writ
     for foreign in &plan.foreign {
         writeln!(out, "  left      {foreign}: it is there already, from elsewhere")?;
     }
-    apply::apply_all(&server, &plan.objects, *dry_run, out).await?;
-    let leftovers = apply::leftovers(access, &server, &plan.objects).await?;
-    apply::remove(&server, &leftovers, *dry_run, out).await?;
     if *dry_run {
+        apply::apply_all(&server, &plan.objects, true, out).await?;
+        let leftovers = apply::leftovers(access, &server, &plan.objects).await?;
+        apply::remove(&server, &leftovers, true, out).await?;
         return Ok(writeln!(out, "nothing was changed (--dry-run)")?);
     }
-    record(&server, access, &overrides).await?;
-    ready::wait(&server, &access.namespace, &ready::WORKLOADS, *timeout, out).await?;
+    // The turn is noted in it.
+    if server.get(&Kind::NAMESPACE, "", &access.namespace).await?.is_none() {
+        let is_it = |object: &&Value| object["kind"] == *Kind::NAMESPACE.kind;
+        let space: Vec<Value> = plan.objects.iter().filter(is_it).cloned().collect();
+        apply::apply_all(&server, &space, false, out).await?;
+    }
+    let turn = Turn::take(&server, access, "meshctl install").await?;
+    turn.during(all(&server, access, wish, &plan.objects, &overrides, out)).await
+}
+
+async fn all(
+    server: &ApiServer,
+    access: &Access,
+    wish: &Install,
+    objects: &[Value],
+    overrides: &Value,
+    out: &mut impl Write,
+) -> anyhow::Result<()> {
+    apply::trial(server, objects).await?;
+    handover::judge(server, access, objects, wish.yes, out).await?;
+    apply::apply_all(server, objects, false, out).await?;
+    let leftovers = apply::leftovers(access, server, objects).await?;
+    apply::remove(server, &leftovers, false, out).await?;
+    record(server, access, overrides).await?;
+    ready::wait(server, &access.namespace, &ready::WORKLOADS, wish.timeout, out).await?;
     let next = "Nodemesh is installed. `meshctl namespace enable NAME` brings the pods of a namespace into the mesh, \
                 `meshctl check` looks at all of it.";
     Ok(writeln!(out, "{}", wrap(next, 80, 0))?)

@@ -13,9 +13,10 @@ use crate::cli::meshctl::args::Output;
 use crate::cli::meshctl::chart::{self, Given, yaml};
 use crate::cli::meshctl::layout::{Cut, Mood, Screen, Table, column};
 
-/// What Helm would print, and the namespace.
+/// What Helm would print, and the namespace, in an order in which `kubectl apply` takes it.
 pub(super) fn generate(access: &Access, given: &Given, output: Output, out: &mut impl Write) -> anyhow::Result<()> {
-    let rendered = rendered(&chart::overrides(given)?, &access.namespace)?;
+    let mut rendered = rendered(&chart::overrides(given)?, &access.namespace)?;
+    rendered.objects.sort_by_key(|document| order(&document.object));
     match output {
         Output::Json => {
             let objects: Vec<&Value> = rendered.crds.iter().chain(&rendered.objects).map(|d| &d.object).collect();
@@ -127,4 +128,24 @@ pub(super) fn profile_diff(old: &str, new: &str, out: &mut impl Write) -> anyhow
 pub(in crate::cli::meshctl) enum Compared {
     Files(PathBuf, PathBuf),
     Cluster(Given),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_generated_can_be_applied_from_top_to_bottom() {
+        let access = Access { kubeconfig: None, context: None, namespace: "mesh".to_owned() };
+        let mut out = Vec::new();
+        generate(&access, &Given::default(), Output::Table, &mut out).unwrap();
+        let text = String::from_utf8(out).unwrap();
+        let objects: Vec<Value> = yaml::documents(&text).iter().map(|text| yaml::parse(text).unwrap()).collect();
+        let place = |kind: &str| objects.iter().position(|object| object["kind"] == kind).unwrap();
+        let first = objects.iter().position(|object| namespace(object) == "mesh").unwrap();
+        assert!(place("Namespace") < first, "an object is before its namespace");
+        assert!(place("ServiceAccount") < place("DaemonSet"));
+        assert!(place("ConfigMap") < place("DaemonSet"));
+        assert_eq!(place("ValidatingWebhookConfiguration"), objects.len() - 1, "it is of no use before its controller");
+    }
 }

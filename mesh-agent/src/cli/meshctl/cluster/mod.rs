@@ -4,12 +4,14 @@
 mod apply;
 mod check;
 mod diff;
+mod handover;
 mod install;
 mod manifest;
 mod namespaces;
 mod objects;
 mod ready;
 pub(super) mod remote;
+mod turn;
 mod uninstall;
 mod upgrade;
 mod version;
@@ -17,6 +19,7 @@ mod version;
 use std::io::Write;
 use std::path::PathBuf;
 
+pub(super) use check::Check;
 pub(super) use install::Install;
 pub(super) use manifest::Compared;
 pub(super) use uninstall::Uninstall;
@@ -61,7 +64,7 @@ pub(super) enum Task {
     ProfileList,
     ProfileDump(Given),
     ProfileDiff(String, String),
-    Check,
+    Check(Check),
     Version {
         client: bool,
     },
@@ -87,7 +90,7 @@ pub(super) async fn perform(
         Task::ProfileList => manifest::profile_list(screen, out),
         Task::ProfileDump(given) => manifest::profile_dump(given, output, out),
         Task::ProfileDiff(old, new) => manifest::profile_diff(old, new, out),
-        Task::Check => check::check(access, out).await,
+        Task::Check(wish) => check::check(access, wish, output, out).await,
         Task::Version { client } => version::version(access, *client, output, screen, out).await,
         Task::NamespaceList => namespaces::list(access, output, screen, out).await,
         Task::NamespaceSwitch(names, enable) => namespaces::switch(access, names, *enable, out).await,

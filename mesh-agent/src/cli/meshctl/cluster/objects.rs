@@ -42,7 +42,7 @@ pub(super) static KINDS: [Kind; 16] = [
     Kind::LEASE,
 ];
 
-const fn kind(group: &'static str, plural: &'static str, kind: &'static str, namespaced: bool) -> Kind {
+pub(super) const fn kind(group: &'static str, plural: &'static str, kind: &'static str, namespaced: bool) -> Kind {
     Kind {
         group: Cow::Borrowed(group),
         version: Cow::Borrowed("v1"),

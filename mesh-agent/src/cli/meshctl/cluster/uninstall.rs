@@ -7,12 +7,15 @@ use std::collections::BTreeSet;
 use std::io::Write;
 use std::time::Duration;
 
+use futures_util::StreamExt;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
 use super::objects::{AGENT, STATUS, is_ours, name, namespace, order};
 use super::ready::{self, POLL, node_of, pods};
-use super::{Access, apply};
+use super::remote::{self, Pod};
+use super::turn::Turn;
+use super::{Access, apply, check};
 use crate::api_server::{ApiServer, Kind};
 use crate::cli::exit::Failure;
 
@@ -28,6 +31,9 @@ pub(in crate::cli::meshctl) struct Uninstall {
 const CLEANUP: &str = "nodemesh-cleanup";
 /// For an agent to end, in seconds: it lets connections go on for five.
 const GRACE: u32 = 10;
+const AT_ONCE: usize = 16;
+/// Of the agent's folders on a node: below which name they may be removed with all that is in them.
+const OWN_FOLDER: &str = "nodemesh";
 /// On the DaemonSet: the nodes that have to be cleaned.
 const NODES: &str = "nodemesh.io/uninstalled-nodes";
 /// What the controller writes on its ConfigMaps; one of that name without it is somebody else's.
@@ -37,24 +43,39 @@ const TRUST: &str = "nodemesh-ca-root";
 pub(super) async fn uninstall(access: &Access, wish: &Uninstall, out: &mut impl Write) -> anyhow::Result<()> {
     let server = access.connect().await?;
     let mesh = access.namespace.as_str();
-    let mut ours = apply::ours(&server, mesh).await?;
+    check::may_uninstall(&server, access).await?;
+    let ours = apply::ours(&server, mesh).await?;
     if ours.is_empty() {
         return Ok(writeln!(out, "nothing of Nodemesh is left in namespace {mesh} or beside it")?);
     }
+    if server.get(&Kind::NAMESPACE, "", mesh).await?.is_none() {
+        return remove_all(&server, mesh, ours, wish, out).await;
+    }
+    let turn = Turn::take(&server, access, "meshctl uninstall").await?;
+    turn.during(remove_all(&server, mesh, ours, wish, out)).await
+}
+
+async fn remove_all(
+    server: &ApiServer,
+    mesh: &str,
+    mut ours: Vec<Value>,
+    wish: &Uninstall,
+    out: &mut impl Write,
+) -> anyhow::Result<()> {
     // The webhook before its controller, so that it keeps nobody waiting.
     let (webhooks, rest): (Vec<Value>, Vec<Value>) =
         ours.drain(..).partition(|o| o["kind"] == "ValidatingWebhookConfiguration");
-    apply::remove(&server, &webhooks, false, out).await?;
-    nodes(&server, mesh, wish, out).await?;
+    apply::remove(server, &webhooks, false, out).await?;
+    nodes(server, mesh, wish, out).await?;
     let (kinds, mut rest): (Vec<Value>, Vec<Value>) =
         rest.into_iter().partition(|o| o["kind"] == "CustomResourceDefinition");
     rest.retain(|o| !["DaemonSet", "Namespace"].iter().any(|kind| o["kind"] == *kind));
     rest.sort_by_key(|object| std::cmp::Reverse(order(object)));
-    apply::remove(&server, &rest, false, out).await?;
-    gone(&server, mesh, "nodemesh-controller", wish.timeout).await?;
-    traces(&server, mesh, out).await?;
-    definitions(&server, &kinds, wish.purge, out).await?;
-    own_namespace(&server, mesh, wish.timeout, out).await?;
+    apply::remove(server, &rest, false, out).await?;
+    gone(server, mesh, "nodemesh-controller", wish.timeout).await?;
+    traces(server, mesh, out).await?;
+    definitions(server, &kinds, wish.purge, out).await?;
+    own_namespace(server, mesh, wish.timeout, out).await?;
     Ok(writeln!(out, "Nodemesh is uninstalled")?)
 }
 
@@ -68,6 +89,8 @@ async fn nodes(server: &ApiServer, mesh: &str, wish: &Uninstall, out: &mut impl 
     nodes.extend(before.split(',').filter(|node| !node.is_empty()).map(str::to_owned));
     let there = server.list(&Kind::NODE, None, "").await?;
     nodes.retain(|node| there.iter().any(|n| name(n) == node));
+    let mut draining = pods(server, mesh, AGENT).await?;
+    draining.retain(|pod| !pod["metadata"]["deletionTimestamp"].is_null());
     let list = nodes.iter().cloned().collect::<Vec<_>>().join(",");
     // No agent may come back while its node is cleaned.
     let nowhere = json!({
@@ -78,6 +101,7 @@ async fn nodes(server: &ApiServer, mesh: &str, wish: &Uninstall, out: &mut impl 
     writeln!(out, "  stopping  the agents of {} nodes", nodes.len())?;
     out.flush()?;
     // One that another has taken over from would go on for as long as its last connection.
+    cut(server, &draining).await;
     for pod in pods(server, mesh, AGENT).await? {
         server.end_pod(mesh, name(&pod), GRACE).await?;
     }
@@ -115,6 +139,17 @@ async fn nodes(server: &ApiServer, mesh: &str, wish: &Uninstall, out: &mut impl 
     gone(server, mesh, CLEANUP, wish.timeout).await
 }
 
+/// Agents that were told to end before and still have connections open: these end now. Not by the API server's `gracePeriodSeconds`
+/// alone, since a container runtime that waits for a container to stop waits for as long as it was told first.
+async fn cut(server: &ApiServer, draining: &[Value]) {
+    let ends = draining.iter().map(|pod| async move {
+        let command = ["/usr/bin/meshctl", "end"].map(str::to_owned).into();
+        // That the container ends under it is no answer, and is what was asked for. What goes on is seen below.
+        let _ = remote::run(&Pod::of(server, pod), command).await;
+    });
+    futures_util::stream::iter(ends).buffer_unordered(AT_ONCE).collect::<Vec<()>>().await;
+}
+
 fn listed(nodes: &[&str]) -> String {
     match nodes {
         [one] => format!("node {one} is"),
@@ -147,6 +182,9 @@ fn cleanup_pod(template: &Value, mesh: &str, node: &str) -> Value {
         remove_named(container.get_mut("volumeMounts"), &["settings", "token"]);
     }
     remove_named(spec.get_mut("volumes"), &["settings", "token"]);
+    for volume in ["sockets", "state"] {
+        remove_folder(&mut spec, volume);
+    }
     json!({
         "apiVersion": "v1",
         "kind": "Pod",
@@ -157,6 +195,31 @@ fn cleanup_pod(template: &Value, mesh: &str, node: &str) -> Value {
         },
         "spec": spec,
     })
+}
+
+/// Nobody can remove the folder that is mounted for him: the one above is mounted instead.
+fn remove_folder(spec: &mut Value, volume: &str) {
+    let place =
+        |spec: &Value, list: &str| spec.pointer(list)?.as_array()?.iter().position(|item| item["name"] == volume);
+    let (volumes, mounts) = ("/volumes", "/containers/0/volumeMounts");
+    let (Some(at), Some(mount)) = (place(spec, volumes), place(spec, mounts)) else { return };
+    let path = spec["volumes"][at]["hostPath"]["path"].as_str().unwrap_or_default().to_owned();
+    let Some((above, OWN_FOLDER)) = path.trim_end_matches('/').rsplit_once('/') else { return };
+    if above.is_empty() {
+        return;
+    }
+    let there = format!("/host/above-{volume}");
+    spec["volumes"][at]["hostPath"] = json!({"path": above, "type": "Directory"});
+    spec["containers"][0]["volumeMounts"][mount]["mountPath"] = there.as_str().into();
+    if let Some(args) = spec["containers"][0]["args"].as_array_mut() {
+        if volume == "sockets"
+            && !args.iter().any(|arg| arg.as_str().is_some_and(|arg| arg.starts_with("--admin-socket")))
+        {
+            // Where it is seen whether an agent still runs.
+            args.push(format!("--admin-socket={there}/{OWN_FOLDER}/admin.sock").into());
+        }
+        args.push(format!("--remove-folder={there}/{OWN_FOLDER}").into());
+    }
 }
 
 fn remove_named(list: Option<&mut Value>, names: &[&str]) {
@@ -305,7 +368,7 @@ mod tests {
         let pod = cleanup_pod(&agent["spec"]["template"], "mesh", "n1");
         let container = &pod["spec"]["containers"][0];
         let args: Vec<&str> = container["args"].as_array().unwrap().iter().filter_map(Value::as_str).collect();
-        assert_eq!((args.first(), args.last()), (Some(&"node"), Some(&"--cleanup")));
+        assert!(args.first() == Some(&"node") && args.contains(&"--cleanup"), "{args:?}");
         assert!(args.contains(&"--cgroup=/host/cgroup") && !args.iter().any(|a| a.starts_with("--settings")));
         assert_eq!(pod["spec"]["nodeName"], "n1");
         assert_eq!(container["livenessProbe"], Value::Null);
@@ -313,5 +376,27 @@ mod tests {
         let volumes: Vec<&str> =
             pod["spec"]["volumes"].as_array().unwrap().iter().filter_map(|v| v["name"].as_str()).collect();
         assert!(volumes.contains(&"bpffs") && !volumes.contains(&"token"), "{volumes:?}");
+        // The agent's folders go with all that is in them: by the ones above, where they lie.
+        for (volume, above) in [("sockets", "/run"), ("state", "/var/lib")] {
+            let is_it = |item: &&Value| item["name"] == volume;
+            let found = pod["spec"]["volumes"].as_array().unwrap().iter().find(is_it).unwrap();
+            assert_eq!(found["hostPath"]["path"], above);
+            let mount = container["volumeMounts"].as_array().unwrap().iter().find(is_it).unwrap();
+            let folder = format!("--remove-folder={}/nodemesh", mount["mountPath"].as_str().unwrap());
+            assert!(args.contains(&folder.as_str()), "{folder} is not in {args:?}");
+        }
+    }
+
+    #[test]
+    fn a_folder_that_is_not_the_agents_alone_stays() {
+        for path in ["/var/lib/other", "/nodemesh", "/run/nodemesh/deeper", ""] {
+            let mut spec = json!({
+                "volumes": [{"name": "state", "hostPath": {"path": path}}],
+                "containers": [{"args": [], "volumeMounts": [{"name": "state", "mountPath": "/var/lib/nodemesh"}]}],
+            });
+            let before = spec.clone();
+            remove_folder(&mut spec, "state");
+            assert_eq!(spec, before, "{path}");
+        }
     }
 }

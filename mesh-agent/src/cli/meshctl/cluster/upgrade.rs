@@ -14,7 +14,8 @@ use super::apply;
 use super::install::{Install, record, recorded, rendered};
 use super::objects::{AGENT, CONTROLLER, name};
 use super::ready::{self, POLL, is_ready, node_of, pods, trouble};
-use super::{Access, check};
+use super::turn::Turn;
+use super::{Access, check, handover};
 use crate::api_server::{ApiServer, Kind};
 use crate::cli::exit::Failure;
 use crate::cli::meshctl::chart::{self, VERSION};
@@ -23,7 +24,7 @@ use crate::cli::meshctl::chart::{self, VERSION};
 const PATIENCE: Duration = Duration::from_secs(20);
 
 pub(super) async fn upgrade(access: &Access, wish: &Install, out: &mut impl Write) -> anyhow::Result<()> {
-    let Install { given, dry_run, timeout } = wish;
+    let Install { given, dry_run, .. } = wish;
     let server = access.connect().await?;
     let mesh = &access.namespace;
     let before = preflight(&server, access).await?;
@@ -38,19 +39,40 @@ pub(super) async fn upgrade(access: &Access, wish: &Install, out: &mut impl Writ
     };
     writeln!(out, "Nodemesh {before} -> {VERSION}, namespace {mesh}")?;
     let plan = apply::plan(&server, rendered(&overrides, mesh)?).await?;
-    let (agent, others): (Vec<Value>, Vec<Value>) = plan.objects.into_iter().partition(|o| o["kind"] == "DaemonSet");
-    apply::apply_all(&server, &others, *dry_run, out).await?;
-    if !dry_run {
-        ready::wait(&server, mesh, &[(Kind::DEPLOYMENT, CONTROLLER)], *timeout, out).await?;
+    if *dry_run {
+        return all(&server, access, wish, plan.objects, &overrides, out).await;
     }
-    apply::apply_all(&server, &agent, *dry_run, out).await?;
+    let turn = Turn::take(&server, access, "meshctl upgrade").await?;
+    turn.during(all(&server, access, wish, plan.objects, &overrides, out)).await
+}
+
+async fn all(
+    server: &ApiServer,
+    access: &Access,
+    wish: &Install,
+    objects: Vec<Value>,
+    overrides: &Value,
+    out: &mut impl Write,
+) -> anyhow::Result<()> {
+    let Install { dry_run, timeout, yes, given: _ } = wish;
+    let mesh = &access.namespace;
     if !dry_run {
-        follow(&server, mesh, *timeout, out).await?;
-        record(&server, access, &overrides).await?;
+        apply::trial(server, &objects).await?;
+        handover::judge(server, access, &objects, *yes, out).await?;
+    }
+    let (agent, others): (Vec<Value>, Vec<Value>) = objects.into_iter().partition(|o| o["kind"] == "DaemonSet");
+    apply::apply_all(server, &others, *dry_run, out).await?;
+    if !dry_run {
+        ready::wait(server, mesh, &[(Kind::DEPLOYMENT, CONTROLLER)], *timeout, out).await?;
+    }
+    apply::apply_all(server, &agent, *dry_run, out).await?;
+    if !dry_run {
+        follow(server, mesh, *timeout, out).await?;
+        record(server, access, overrides).await?;
     }
     let all: Vec<Value> = others.into_iter().chain(agent).collect();
-    let leftovers = apply::leftovers(access, &server, &all).await?;
-    apply::remove(&server, &leftovers, *dry_run, out).await?;
+    let leftovers = apply::leftovers(access, server, &all).await?;
+    apply::remove(server, &leftovers, *dry_run, out).await?;
     let end = if *dry_run { "nothing was changed (--dry-run)" } else { "all nodes are upgraded" };
     Ok(writeln!(out, "{end}")?)
 }
