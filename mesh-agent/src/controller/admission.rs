@@ -164,6 +164,21 @@ mod tests {
     }
 
     #[test]
+    fn a_route_is_judged_where_it_is_for_a_service_and_left_alone_where_it_is_a_gateways() {
+        let route = |parent: Value| {
+            json!({
+                "apiVersion": "gateway.networking.k8s.io/v1", "kind": "HTTPRoute", "metadata": {"name": "a", "namespace": "shop"},
+                "spec": {"parentRefs": [parent], "rules": [{"matches": [{"path": {"type": "RegularExpression", "value": "("}}]}]},
+            })
+        };
+        let of_mesh = ask("CREATE", route(json!({"group": "", "kind": "Service", "name": "web"})), Value::Null);
+        assert_eq!(of_mesh["allowed"], false);
+        let message = of_mesh["status"]["message"].as_str().unwrap();
+        assert!(message.starts_with("spec.rules[0].matches[0].path.value: `(` is no regular expression"), "{message}");
+        assert_eq!(ask("CREATE", route(json!({"name": "front"})), Value::Null)["allowed"], true);
+    }
+
+    #[test]
     fn what_is_no_question_is_a_sentence() {
         for text in [json!({}), json!([]), json!({"kind": "AdmissionReview"}), json!({"request": {"uid": "1"}})] {
             assert!(answer(&text).unwrap_err().contains("no AdmissionReview"), "{text}");

@@ -1,7 +1,7 @@
 //! The Kubernetes API as a source: each kind is listed and watched, and what is heard goes into the mesh change by change.
 //!
 //! Nothing is published before every kind has been listed once: half a mesh could be one without its policies. A kind
-//! whose CustomResourceDefinition is not installed has no objects. When the API server is away, everything stays as it
+//! whose CustomResourceDefinition is not installed has no objects, until it is: it is asked for again and again. When the API server is away, everything stays as it
 //! was; a Problem says so, and goes when it answers again.
 //!
 //! No object is kept, nor a page of them for longer than it takes to read it: `Live` keeps what is needed of each. Only the
@@ -55,6 +55,9 @@ const KINDS: &[(Kind, Table)] = &[
     (Kind::ENDPOINT_SLICE, Table::EndpointSlice),
     (Kind::PEER_AUTHENTICATION, Table::PeerAuthentication),
     (Kind::AUTHORIZATION_POLICY, Table::AuthorizationPolicy),
+    (Kind::HTTP_ROUTE, Table::HttpRoute),
+    (Kind::GRPC_ROUTE, Table::GrpcRoute),
+    (Kind::REFERENCE_GRANT, Table::ReferenceGrant),
 ];
 
 /// What the discovery thread is told.
@@ -580,6 +583,31 @@ mod tests {
         test.take(POLICY, Change::Deleted(policy("DENY")));
         assert!(test.snapshot().workload("a").unwrap().rules.as_ref().unwrap().policies.is_empty());
         assert!(test.problems().is_empty());
+    }
+
+    /// The Gateway API's definitions are the user's, and may be installed after the mesh, and removed before it.
+    #[test]
+    fn routes_count_as_soon_as_their_kind_is_installed_and_are_gone_with_it() {
+        let route = KINDS.iter().position(|(_, table)| *table == Table::HttpRoute).unwrap();
+        let service = KINDS.iter().position(|(_, table)| *table == Table::Service).unwrap();
+        let missing = || ApiError::NotFound { what: "watch".into(), why: "no such kind".into() };
+        let mut test = Test::known();
+        test.take(route, Change::Failed(missing()));
+        let web = json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "web", "namespace": "shop"},
+            "spec": {"clusterIP": "10.96.0.1", "ports": [{"port": 80}]}});
+        test.take(service, Change::Applied(web));
+        assert_eq!(test.snapshot().http_ports().count(), 0);
+        let parents = json!([{"group": "", "kind": "Service", "name": "web"}]);
+        let given = json!({"apiVersion": "gateway.networking.k8s.io/v1", "kind": "HTTPRoute",
+            "metadata": {"name": "web", "namespace": "shop"},
+            "spec": {"parentRefs": parents, "rules": [{"backendRefs": [{"name": "web", "port": 80}]}]}});
+        test.take(route, Change::Begin);
+        test.take(route, Change::Listed(given));
+        test.take(route, Change::Complete);
+        assert_eq!(test.snapshot().http_ports().count(), 1);
+        assert!(test.problems().is_empty());
+        test.take(route, Change::Failed(missing()));
+        assert_eq!(test.snapshot().http_ports().count(), 0);
     }
 
     #[test]

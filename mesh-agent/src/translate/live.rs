@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use super::gateway::GROUP;
 use super::mesh::Mesh;
 use super::object::Object;
 use super::report::Report;
@@ -147,6 +148,9 @@ impl Table {
             ("discovery.k8s.io", "EndpointSlice") => Self::EndpointSlice,
             ("security.istio.io", "PeerAuthentication") => Self::PeerAuthentication,
             ("security.istio.io", "AuthorizationPolicy") => Self::AuthorizationPolicy,
+            (GROUP, "HTTPRoute") => Self::HttpRoute,
+            (GROUP, "GRPCRoute") => Self::GrpcRoute,
+            (GROUP, "ReferenceGrant") => Self::ReferenceGrant,
             _ => return None,
         })
     }

@@ -1,19 +1,24 @@
 //! All objects in force, put together: they come and go one by one, and `make` makes again what a change touches.
 //!
 //! Each part knows what is due: `workloads` the pods that changed, those that claim the same address, those of a Namespace
-//! or Node that changed; `services` the Services that changed or whose slices did. A policy that changes makes the pods due
+//! or Node that changed; `services` the Services that changed or whose slices did, `routes` those that changed or that speak of a Service that did. A policy that changes makes the pods due
 //! that are judged here. What is made again and is as it was stays the very same, so that nobody sees a change.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
-use super::kubernetes::Mode;
+use super::gateway::RouteKind;
+use super::kubernetes::{self, Mode};
 use super::policies::Policies;
+use super::routes::Routes;
 use super::services::{Services, Slice};
 use super::texts::{Name, Texts};
 use super::workloads::{Pod, Pods};
 use super::{Parsed, Settings, Table};
-use crate::model::{Locality, MeshSettings, NodePods, ObjectRef, Problem, Service, Snapshot, SnapshotParts, Workload};
+use crate::model::http::HttpRoutes;
+use crate::model::{
+    Locality, MeshSettings, NodePods, ObjectRef, Problem, Service, ServiceKey, Snapshot, SnapshotParts, Workload,
+};
 
 pub(super) struct Mesh {
     settings: Settings,
@@ -24,6 +29,7 @@ pub(super) struct Mesh {
     classes: Classes,
     pods: Pods,
     services: Services,
+    routes: Routes,
     policies: Policies,
 }
 
@@ -47,6 +53,8 @@ pub(super) struct Changes {
     pub new_workloads: Vec<Arc<Workload>>,
     pub old_services: Vec<Arc<Service>>,
     pub new_services: Vec<Arc<Service>>,
+    /// `None` where there are none any more.
+    pub http: Vec<(ServiceKey, Option<Arc<HttpRoutes>>)>,
     /// Whether there may be other Problems.
     pub problems: bool,
 }
@@ -104,6 +112,7 @@ impl Mesh {
             classes: Classes::new(),
             pods: Pods::default(),
             services: Services::default(),
+            routes: Routes::default(),
             policies: Policies::default(),
         }
     }
@@ -122,10 +131,12 @@ impl Mesh {
                 self.pods.set(name, Some(pod), &self.settings);
             }
             Parsed::RuntimeClass(c) => self.set_class(&name.1, Some(c.handler.as_str().into())),
-            Parsed::Service(s) => self.services.set(name, Some(s.clone())),
+            Parsed::Service(s) => self.set_service(name, Some(s.clone())),
             Parsed::EndpointSlice(s) => self.services.set_slice(name, Some(Slice::new(s, &mut self.texts))),
             Parsed::PeerAuthentication(p) => self.policies.set_peer(name, Some(p.clone())),
             Parsed::AuthorizationPolicy(p) => self.policies.set_authorization(name, Some(p.clone())),
+            Parsed::Route(r) => self.routes.set((r.kind, name), Some(r.clone())),
+            Parsed::ReferenceGrant(g) => self.routes.set_grant(name, Some(g.clone())),
             Parsed::Nothing => {}
         }
     }
@@ -137,10 +148,13 @@ impl Mesh {
             Table::Node => self.set_node(&name.1, None),
             Table::Pod => self.pods.set(name, None, &self.settings),
             Table::RuntimeClass => self.set_class(&name.1, None),
-            Table::Service => self.services.set(name, None),
+            Table::Service => self.set_service(name, None),
             Table::EndpointSlice => self.services.set_slice(name, None),
             Table::PeerAuthentication => self.policies.set_peer(name, None),
             Table::AuthorizationPolicy => self.policies.set_authorization(name, None),
+            Table::HttpRoute => self.routes.set((RouteKind::Http, name), None),
+            Table::GrpcRoute => self.routes.set((RouteKind::Grpc, name), None),
+            Table::ReferenceGrant => self.routes.set_grant(name, None),
         }
     }
 
@@ -154,6 +168,9 @@ impl Mesh {
             Table::EndpointSlice => self.services.has_slice(name),
             Table::PeerAuthentication => self.policies.has_peer(name),
             Table::AuthorizationPolicy => self.policies.has_authorization(name),
+            Table::HttpRoute => self.routes.has(RouteKind::Http, name),
+            Table::GrpcRoute => self.routes.has(RouteKind::Grpc, name),
+            Table::ReferenceGrant => self.routes.has_grant(name),
         }
     }
 
@@ -169,18 +186,22 @@ impl Mesh {
             Table::EndpointSlice => self.services.slice_names().cloned().collect(),
             Table::PeerAuthentication => self.policies.peer_names().cloned().collect(),
             Table::AuthorizationPolicy => self.policies.authorization_names().cloned().collect(),
+            Table::HttpRoute => self.routes.names(RouteKind::Http).cloned().collect(),
+            Table::GrpcRoute => self.routes.names(RouteKind::Grpc).cloned().collect(),
+            Table::ReferenceGrant => self.routes.grant_names().cloned().collect(),
         }
     }
 
     /// Makes again what is due.
     pub fn make(&mut self) -> Changes {
-        let Self { settings, texts, sites, namespaces, nodes, classes, pods, services, policies } = self;
+        let Self { settings, texts, sites, namespaces, nodes, classes, pods, services, routes, policies } = self;
         let mut changes = Changes::default();
         if settings.endpoints_from_pods && pods.any_due() {
             services.all_due();
         }
         let around = Surroundings { settings, sites, namespaces, nodes, classes, policies };
         let made = services.make(&around, pods, texts, &mut changes);
+        routes.make(services, sites, &mut changes);
         if policies.have_changed() || made.iter().any(|name| policies.target(name)) {
             policies.make_ready(&settings.root_namespace, sites, |ns, name| services.behind(ns, name));
             pods.due_to_judge();
@@ -199,7 +220,8 @@ impl Mesh {
 
     /// What is to be said of the pods of this node.
     pub fn node_pods(&self) -> NodePods {
-        let Self { settings, texts: _, sites, namespaces, nodes, classes, pods, services: _, policies } = self;
+        let Self { settings, texts: _, sites, namespaces, nodes, classes, pods, services: _, routes: _, policies } =
+            self;
         let istio = settings.istio_labels;
         let enabled = namespaces.iter().filter(|(_, mode)| mode.enabled(istio) == Some(true));
         NodePods {
@@ -214,7 +236,7 @@ impl Mesh {
             settings: self.mesh_settings(),
             workloads: self.pods.workloads().cloned().collect(),
             services: self.services.services().cloned().collect(),
-            http: Vec::new(),
+            http: self.routes.tables().collect(),
         }
     }
 
@@ -224,7 +246,8 @@ impl Mesh {
 
     /// What was found when things were put together.
     pub fn problems(&self) -> impl Iterator<Item = &Problem> {
-        self.policies.problems().iter().chain(self.services.problems()).chain(self.pods.problems())
+        let of_policies = self.policies.problems().iter();
+        of_policies.chain(self.services.problems()).chain(self.routes.problems()).chain(self.pods.problems())
     }
 
     fn set_namespace(&mut self, name: &Arc<str>, mode: Option<Mode>) {
@@ -236,6 +259,13 @@ impl Mesh {
             None => self.namespaces.remove(name),
         };
         self.pods.due_in_namespace(name);
+    }
+
+    /// Routes speak of Services, also of those that are not there yet.
+    fn set_service(&mut self, name: Name, service: Option<kubernetes::Service>) {
+        if self.services.set(name.clone(), service) {
+            self.routes.due_of_service(&name);
+        }
     }
 
     fn set_class(&mut self, name: &Arc<str>, handler: Option<Arc<str>>) {
@@ -264,8 +294,9 @@ impl Mesh {
 
 impl Changes {
     pub fn is_empty(&self) -> bool {
-        let Self { old_workloads, new_workloads, old_services, new_services, problems: _ } = self;
-        old_workloads.is_empty() && new_workloads.is_empty() && old_services.is_empty() && new_services.is_empty()
+        let Self { old_workloads, new_workloads, old_services, new_services, http, problems: _ } = self;
+        let no_workloads = old_workloads.is_empty() && new_workloads.is_empty();
+        no_workloads && old_services.is_empty() && new_services.is_empty() && http.is_empty()
     }
 
     /// `before` with the changes. The old go first: what one gives up another may take.
@@ -275,6 +306,7 @@ impl Changes {
         self.old_services.iter().for_each(|s| next.remove_service(s));
         self.new_workloads.into_iter().for_each(|w| next.insert_workload(w));
         self.new_services.into_iter().for_each(|s| next.insert_service(s));
+        self.http.into_iter().for_each(|(key, routes)| next.set_http(key, routes));
         next
     }
 }

@@ -1,12 +1,14 @@
 //! Foreign objects become the internal model. Pure: (settings, objects, what was good before) -> (parts, Problems).
 //!
-//! Comes in: objects of Kubernetes and Istio as plain JSON values, from whichever source. Each is parsed alone; one that
-//! is broken is reported, and its last good version stays in force. Then all that parsed are put together by `mesh`:
-//! `workloads` decides who is in the mesh, `policies` which rules hold for whom, `services` what is behind a name.
+//! Comes in: objects of Kubernetes, the Gateway API and Istio as plain JSON values, from whichever source. Each is parsed
+//! alone; one that is broken is reported, and its last good version stays in force. Then all that parsed are put together
+//! by `mesh`: `workloads` decides who is in the mesh, `policies` which rules hold for whom, `services` what is behind a
+//! name, `routes` which rules hold for a request to it.
 //! Goes out: `SnapshotParts` for the data path, every Problem, and the memory for the next translation. `translate` does
 //! that for all objects at once, `live` for one change after the other, to the same end.
 
 mod candidate;
+mod gateway;
 mod istio;
 mod kubernetes;
 mod live;
@@ -15,6 +17,8 @@ mod mesh;
 mod object;
 mod policies;
 mod report;
+mod routes;
+mod schema;
 mod services;
 mod texts;
 mod workloads;
@@ -29,6 +33,7 @@ pub use object::{Key, Object};
 pub use texts::Name;
 
 use crate::model::{NodePods, ObjectRef, OutboundPolicy, Problem, Severity, SnapshotParts, TrustDomain};
+use gateway::{Grant, Route};
 use istio::{AuthorizationPolicy, PeerAuthentication};
 use kubernetes::{EndpointSlice, Namespace, Node, Pod, RuntimeClass, Service};
 use mesh::Mesh;
@@ -122,6 +127,8 @@ enum Parsed {
     EndpointSlice(EndpointSlice),
     PeerAuthentication(PeerAuthentication),
     AuthorizationPolicy(AuthorizationPolicy),
+    Route(Arc<Route>),
+    ReferenceGrant(Grant),
     /// A kind that is checked for its shape only.
     Nothing,
 }
@@ -137,6 +144,9 @@ pub enum Table {
     EndpointSlice,
     PeerAuthentication,
     AuthorizationPolicy,
+    HttpRoute,
+    GrpcRoute,
+    ReferenceGrant,
 }
 
 /// Makes the model out of `objects`. The order of `objects` changes nothing but which of two equal names is the second.
@@ -220,6 +230,10 @@ fn parse_object(object: &Object, report: &mut Report) -> Option<Result<Parsed, B
             );
         }
     };
+    let route = |route: Option<Route>, report: &Report| {
+        let route = route.and_then(|route| report.unless_broken(route));
+        route.map(|route| Parsed::Route(Arc::new(route))).ok_or(gateway::GO_ON)
+    };
     match (object.group(), object.kind()) {
         ("", "Namespace") => plain(kubernetes::namespace(object, report), Parsed::Namespace),
         ("", "Node") => plain(kubernetes::node(object, report), Parsed::Node),
@@ -240,6 +254,22 @@ fn parse_object(object: &Object, report: &mut Report) -> Option<Result<Parsed, B
             known_version(&["v1", "v1beta1"], report);
             let parsed = istio::authorization_policy(object, report);
             Some(parsed.map(Parsed::AuthorizationPolicy).ok_or_else(|| istio::closed_authorization_policy(object)))
+        }
+        (gateway::GROUP, "HTTPRoute") => {
+            known_version(&["v1", "v1beta1"], report);
+            Some(route(gateway::http_route(object, report), report))
+        }
+        (gateway::GROUP, "GRPCRoute") => {
+            known_version(&["v1"], report);
+            Some(route(gateway::grpc_route(object, report), report))
+        }
+        (gateway::GROUP, "ReferenceGrant") => {
+            known_version(&["v1", "v1beta1"], report);
+            plain(gateway::reference_grant(object, report), Parsed::ReferenceGrant)
+        }
+        (gateway::GROUP, "TLSRoute" | "TCPRoute" | "UDPRoute") => {
+            gateway::not_honoured(object, report);
+            None
         }
         (group, kind) if object::is_mesh_api(group) => {
             report.warning("", format!("kind {kind} of {group} is not honoured yet: nothing of it is in force"));

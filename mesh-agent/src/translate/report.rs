@@ -81,6 +81,9 @@ impl Report {
 fn plain_words(message: &str) -> String {
     let message = message
         .replace("expected u16", "expected a port number, 1 to 65535")
+        .replace("expected i64", "expected a whole number")
+        .replace("expected u32", "expected a whole number, 0 or more")
+        .replace("expected f64", "expected a number")
         .replace("expected a sequence", "expected a list")
         .replace("expected a map", "expected an object")
         .replace("invalid type: map", "invalid type: object")

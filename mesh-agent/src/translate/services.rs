@@ -106,10 +106,11 @@ struct Known {
 }
 
 impl Services {
-    pub fn set(&mut self, key: Name, service: Option<Service>) {
+    /// Says whether anything is different now.
+    pub fn set(&mut self, key: Name, service: Option<Service>) -> bool {
         let before = self.all.get_mut(&key);
         if before.as_ref().map(|k| &*k.service) == service.as_ref() {
-            return;
+            return false;
         }
         if let Some(before) = before.map(|k| k.service.clone()) {
             for ip in before.kind.addresses() {
@@ -135,6 +136,7 @@ impl Services {
             }
         }
         self.due.insert(key);
+        true
     }
 
     pub fn set_slice(&mut self, key: Name, slice: Option<Slice>) {
@@ -158,6 +160,11 @@ impl Services {
             Some(slice) => self.slices.insert(key, slice),
             None => self.slices.remove(&key),
         };
+    }
+
+    /// A Service as it is written.
+    pub fn written(&self, name: &Name) -> Option<&Service> {
+        self.all.get(name).map(|known| &*known.service)
     }
 
     pub fn has(&self, name: &Name) -> bool {

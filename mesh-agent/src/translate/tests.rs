@@ -6,6 +6,7 @@
 
 mod changes;
 mod laws;
+mod rules;
 mod verdicts;
 
 use std::fmt::Write as _;
@@ -159,6 +160,9 @@ fn render(t: &Translation) -> String {
                 writeln!(out, "    {}", endpoint(e, &t.parts.workloads)).unwrap();
             }
         }
+    }
+    for (key, routes) in &t.parts.http {
+        rules::render(key, routes, &mut out);
     }
     out
 }

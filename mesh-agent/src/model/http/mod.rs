@@ -30,7 +30,8 @@ pub struct HttpRoutes {
 }
 
 /// Rules in the order in which they are asked. The first that matches counts; a request that none matches is answered
-/// with 404, as both APIs have it.
+/// with 404, as both APIs have it. A rule of the Gateway API stands here once for each of its matches, since these have
+/// their own places in the order.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
 pub struct RouteTable {
     pub rules: Vec<Arc<HttpRule>>,

@@ -37,7 +37,8 @@ pub enum Abort {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Cors {
     pub origins: Vec<ValueMatch>,
-    /// The values of the headers that answer a preflight; `None` leaves the header away.
+    /// The values of the headers that answer a preflight; `None` leaves the header away. With `credentials` a browser takes
+    /// `*` for a name: the answer then repeats what the preflight asks for, and leaves the header away where it asks nothing.
     pub methods: Option<Value>,
     pub headers: Option<Value>,
     pub max_age: Option<Value>,
@@ -74,8 +75,10 @@ pub struct Retry {
     /// For each try, the first among them. The stricter of it and `Timeouts::backend` counts.
     pub per_try: Option<Duration>,
     /// The longest pause before the first retry; it doubles each time, up to ten times of it. The pause is drawn between
-    /// nothing and that.
+    /// `least` and that.
     pub backoff: Duration,
+    /// No pause is shorter. The Gateway API's; Istio has none.
+    pub least: Duration,
     /// Whether an endpoint that was tried may be tried again while there are others.
     pub previous_hosts: bool,
 }

@@ -4,15 +4,14 @@
 mod authorization_policy;
 mod peer_authentication;
 mod rules;
-mod schema;
 
 pub(super) use authorization_policy::{AuthorizationPolicy, Scope, authorization_policy, closed_authorization_policy};
 pub(super) use peer_authentication::{Closing, PeerAuthentication, closed_peer_authentication, peer_authentication};
 
 use serde::Deserialize;
 
-use super::Object;
 use super::report::{Labels, Report, nullable};
+use super::{Object, schema};
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", expecting = "an object")]

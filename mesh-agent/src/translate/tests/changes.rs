@@ -27,8 +27,8 @@ struct Heard {
 }
 
 fn heard() -> impl Strategy<Value = Heard> {
-    // Mostly pods and slices, as in a cluster.
-    let kind = prop_oneof![6 => Just(2), 3 => Just(4), 6 => 0..8usize];
+    // Mostly pods and slices, as in a cluster, and routes with the services that they speak of.
+    let kind = prop_oneof![6 => Just(2), 3 => Just(3), 3 => Just(4), 3 => Just(8), 8 => 0..11usize];
     (kind, prop::bool::weighted(0.2), any::<[u8; 12]>()).prop_map(|(kind, gone, digits)| Heard { kind, gone, digits })
 }
 
@@ -84,6 +84,16 @@ impl Heard {
                 value["handler"] = self.of(4, &["runsc", "runc"]).into();
                 value
             }
+            8 => self.route(of_kind("gateway.networking.k8s.io/v1", "HTTPRoute")),
+            9 => self.route(of_kind("gateway.networking.k8s.io/v1", "GRPCRoute")),
+            10 => {
+                let mut value = of_kind("gateway.networking.k8s.io/v1", "ReferenceGrant");
+                let from = json!({"group": "gateway.networking.k8s.io", "kind": self.of(4, &["HTTPRoute", "GRPCRoute"]),
+                    "namespace": self.of(5, &NAMESPACES)});
+                let name = self.of(6, &["", "a", "b"]);
+                value["spec"] = json!({"from": [from], "to": [{"group": "", "kind": "Service", "name": name}]});
+                value
+            }
             _ => {
                 let mut value = of_kind("security.istio.io/v1", "AuthorizationPolicy");
                 value["spec"] = json!({"action": self.of(4, &["ALLOW", "DENY", "BROKEN"]), "rules": [{}]});
@@ -134,6 +144,35 @@ impl Heard {
         let one = json!([{"port": if self.yes(5, 9) { 0 } else { PORTS[0] }}]);
         let ports = if self.yes(6, 2) { named } else { one };
         value["spec"] = json!({"clusterIP": self.of(4, &SERVICES), "selector": {"app": "x"}, "ports": ports});
+        if self.yes(7, 8) {
+            value["spec"]["type"] = "ExternalName".into();
+        }
+        if self.yes(8, 8) {
+            value["spec"]["ports"][0]["appProtocol"] = "tcp".into();
+        }
+        value
+    }
+
+    fn route(&self, mut value: Value) -> Value {
+        let mut parent =
+            json!({"group": "", "kind": "Service", "name": self.of(4, &NAMES), "namespace": self.of(5, &NAMESPACES)});
+        if self.yes(6, 2) {
+            parent["port"] = PORTS[self.digits[7] as usize % 2].into();
+        }
+        let backend = json!({"name": self.of(7, &NAMES), "namespace": self.of(8, &NAMESPACES), "port": PORTS[0]});
+        let header = json!([{"name": "x", "value": self.of(9, &["1", "2"])}]);
+        let copy = json!({"type": "RequestMirror", "requestMirror": {"backendRef": {"name": self.of(10, &NAMES), "port": PORTS[0]}}});
+        let mut rules = json!([{"backendRefs": [backend], "matches": [{"headers": header}, {}]}]);
+        if self.yes(10, 3) {
+            rules[0]["filters"] = json!([copy]);
+        }
+        if self.yes(11, 6) {
+            rules[0]["backends"] = json!([]);
+        }
+        let more = json!({"group": "", "kind": "Service", "name": self.of(2, &NAMES), "port": PORTS[1]});
+        let parents = if self.yes(2, 4) { json!([parent, more]) } else { json!([parent]) };
+        let gateway = json!([{"name": "gateway"}]);
+        value["spec"] = json!({"parentRefs": if self.yes(3, 9) { gateway } else { parents }, "rules": rules});
         value
     }
 
@@ -169,6 +208,9 @@ fn answers(snapshot: &Snapshot) -> Vec<String> {
     let mut judged: Vec<_> = snapshot.judged().map(|w| format!("judged {}", w.uid)).collect();
     judged.sort();
     answers.extend(judged);
+    let mut http: Vec<_> = snapshot.http_ports().map(|(key, routes)| format!("{key:?} {routes:?}")).collect();
+    http.sort();
+    answers.extend(http);
     answers.push(format!("{} {}", snapshot.count_workloads(), snapshot.count_services()));
     answers
 }
@@ -229,6 +271,10 @@ proptest! {
                 let same = before.workload(&workload.uid).filter(|w| *w == workload);
                 prop_assert!(same.is_none_or(|w| Arc::ptr_eq(w, workload)), "{} is made anew", workload.uid);
             }
+            for (key, routes) in snapshot.http_ports() {
+                let same = before.http(key).filter(|r| *r == routes);
+                prop_assert!(same.is_none_or(|r| Arc::ptr_eq(r, routes)), "{key:?} is made anew");
+            }
             prop_assert_eq!(&live.node_pods(), &together.node_pods);
             told = live.problems().unwrap_or(told);
             prop_assert_eq!(&told, &together.problems);
@@ -260,4 +306,29 @@ fn a_pod_of_another_node_has_no_rules_and_is_never_judged() {
     assert!(judge("here").is_ok());
     assert_eq!(judge("there"), Err(crate::proxy::policy::Denied::Elsewhere));
     assert_eq!(snapshot.judged().count(), 1);
+}
+
+/// The same words at another age: nothing of the route itself is different.
+#[test]
+fn a_route_that_was_deleted_and_made_again_is_the_youngest() {
+    let object = |value: Value| Object::from_value("", value).unwrap().remove(0);
+    let route = |name: &str, created: &str| {
+        object(json!({"apiVersion": "gateway.networking.k8s.io/v1", "kind": "HTTPRoute",
+            "metadata": {"name": name, "namespace": "shop", "creationTimestamp": created},
+            "spec": {"parentRefs": [{"group": "", "kind": "Service", "name": "web"}],
+                "rules": [{"backendRefs": [{"name": "web", "port": 80}]}]}}))
+    };
+    let mut live = Live::new(settings());
+    live.put(&object(json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "web", "namespace": "shop"},
+        "spec": {"clusterIP": "10.96.0.1", "ports": [{"port": 80}]}})));
+    live.put(&route("a", "2026-01-01T00:00:00Z"));
+    live.put(&route("b", "2026-01-02T00:00:00Z"));
+    let order = |snapshot: &Snapshot| -> Vec<String> {
+        let (_, routes) = snapshot.http_ports().next().unwrap();
+        routes.general.as_ref().unwrap().rules.iter().map(|rule| rule.object.name.clone()).collect()
+    };
+    let first = live.snapshot(&Snapshot::empty(Mesh::new(settings()).mesh_settings())).unwrap();
+    assert_eq!(order(&first), ["a", "b"]);
+    live.put(&route("a", "2026-01-03T00:00:00Z"));
+    assert_eq!(order(&live.snapshot(&first).unwrap()), ["b", "a"]);
 }

@@ -107,6 +107,29 @@ fn json_values() -> impl Strategy<Value = Value> {
         "targetRefs",
         "action",
         "hostNetwork",
+        "matches",
+        "path",
+        "value",
+        "type",
+        "headers",
+        "queryParams",
+        "method",
+        "service",
+        "filters",
+        "requestHeaderModifier",
+        "set",
+        "requestMirror",
+        "backendRef",
+        "backendRefs",
+        "weight",
+        "group",
+        "requestRedirect",
+        "cors",
+        "timeouts",
+        "request",
+        "retry",
+        "codes",
+        "sessionPersistence",
     ];
     leaf.prop_recursive(5, 64, 6, |inner| {
         prop_oneof![
@@ -127,6 +150,9 @@ const KINDS: &[(&str, &str)] = &[
     ("security.istio.io/v1", "PeerAuthentication"),
     ("security.istio.io/v1beta1", "AuthorizationPolicy"),
     ("networking.istio.io/v1", "VirtualService"),
+    ("gateway.networking.k8s.io/v1", "HTTPRoute"),
+    ("gateway.networking.k8s.io/v1", "GRPCRoute"),
+    ("gateway.networking.k8s.io/v1beta1", "ReferenceGrant"),
 ];
 
 proptest! {
@@ -166,6 +192,10 @@ proptest! {
         value["metadata"] = json!({"name": "x", "namespace": "shop", "labels": value["labels"].clone()});
         value["spec"] = spec;
         value["status"] = status;
+        if which.1.ends_with("Route") && value["spec"].is_object() {
+            // Or it would be none of this mesh, and not be read at all.
+            value["spec"]["parentRefs"] = json!([{"group": "", "kind": "Service", "name": "x"}]);
+        }
         let Ok(objects) = Object::from_value("t", value) else { return Ok(()) };
         let first = translate(&settings(), &objects, &Memory::default());
         let again = translate(&settings(), &objects, &first.memory);

@@ -2,8 +2,8 @@
 
 use serde_json::Value;
 
-use crate::translate::Object;
-use crate::translate::report::Report;
+use super::Object;
+use super::report::Report;
 
 /// What may stand in a place.
 pub(super) enum Shape {
