@@ -108,6 +108,48 @@ fn each_client_is_spoken_with_in_its_own_version() {
 }
 
 #[test]
+fn a_client_of_http2_is_held_to_limits() {
+    on_worker(async {
+        let asked = Rc::new(Cell::new(0));
+        let counted = asked.clone();
+        let web = origin(Protocol::Http2, move |_| {
+            counted.set(counted.get() + 1);
+            async { text("ok") }
+        })
+        .await;
+        let engine = engine(vec![all_to_web()], &[("web", "grpc", &[web.address])]).await;
+        let mut client = http2(engine.address).await;
+        let mut large = request("GET", "/", full(""));
+        for n in 0..100 {
+            let name = http::HeaderName::try_from(format!("x-{n}")).unwrap();
+            large.headers_mut().insert(name, "y".repeat(limits::HEAD / 90).parse().unwrap());
+        }
+        assert_eq!(client.send_request(large).await.unwrap().status(), 431);
+        assert_eq!(client.send_request(request("GET", "/", full(""))).await.unwrap().status(), 200);
+        assert_eq!(asked.get(), 1);
+        // Streams that are opened only to be reset, before anybody has looked at them (CVE-2023-44487).
+        let mut attack = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0".to_vec();
+        for stream in (1u32..1001).step_by(2) {
+            // HEADERS of GET http://web/ with their end, and RST_STREAM with CANCEL.
+            attack.extend_from_slice(b"\0\0\x08\x01\x05");
+            attack.extend_from_slice(&stream.to_be_bytes());
+            attack.extend_from_slice(b"\x82\x86\x84\x41\x03web");
+            attack.extend_from_slice(b"\0\0\x04\x03\0");
+            attack.extend_from_slice(&stream.to_be_bytes());
+            attack.extend_from_slice(&8u32.to_be_bytes());
+        }
+        let mut attacker = TcpStream::connect(engine.address).await.unwrap();
+        attacker.write_all(&attack).await.unwrap();
+        let mut said = Vec::new();
+        // To its end, or to a reset, since something of it is left unread.
+        let _ = attacker.read_to_end(&mut said).await;
+        assert!(asked.get() < 100, "{} of 500 were passed on", asked.get());
+        let mut client = http2(engine.address).await;
+        assert_eq!(client.send_request(request("GET", "/", full(""))).await.unwrap().status(), 200);
+    });
+}
+
+#[test]
 fn events_come_as_they_are_sent() {
     on_worker(async {
         let (sender, body) = chunks();
