@@ -7,12 +7,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
-use http_body_util::Full;
+use http_body_util::{Either, Full};
 use hyper::service::service_fn;
 use hyper::{Request, Response};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use mesh_tests::ring::{Case, Mode, World, meshed_only, run};
-use mesh_tests::traffic::{PATIENCE, call, echo};
+use mesh_tests::traffic::{PATIENCE, Pattern, call, echo};
 use mesh_tests::{ClusterIps, Mesh, MeshMode, Pod, eventually};
 use serde_json::Value;
 
@@ -73,6 +73,7 @@ const CASES: &[Case<Http>] = &[
     ("http2_goes_the_same_way", http2_goes_the_same_way),
     ("requests_are_shared_by_weight", requests_are_shared_by_weight),
     ("a_port_without_rules_carries_bytes", a_port_without_rules_carries_bytes),
+    ("bodies_stream_both_ways_at_once", bodies_stream_both_ways_at_once),
     ("the_servers_policy_is_kept", the_servers_policy_is_kept),
     ("a_client_that_leaves_is_not_worked_for", a_client_that_leaves_is_not_worked_for),
     ("requests_are_on_record", requests_are_on_record),
@@ -112,12 +113,15 @@ fn answer(listener: TcpListener, name: &str, two: bool, slow: &Arc<AtomicUsize>)
                 let text = format!("{name} {} {:?}\n", from.ip().to_canonical(), request.version());
                 let slow = slow.clone();
                 async move {
+                    if request.uri().path().ends_with("/echo") {
+                        return Ok::<_, Infallible>(Response::new(Either::Right(request.into_body())));
+                    }
                     if request.uri().path().ends_with("/slow") {
                         slow.fetch_add(1, Ordering::SeqCst);
                         let _working = Working(slow);
                         std::future::pending::<()>().await;
                     }
-                    Ok::<_, Infallible>(Response::new(Full::new(bytes::Bytes::from(text))))
+                    Ok(Response::new(Either::Left(Full::new(bytes::Bytes::from(text)))))
                 }
             });
             tokio::spawn(async move {
@@ -181,6 +185,31 @@ fn requests_are_shared_by_weight(h: &Http) {
 
 fn a_port_without_rules_carries_bytes(h: &Http) {
     call(&h.client, SocketAddr::new(h.web.v4, BYTES)).unwrap();
+}
+
+/// Far more than all buffers on the way hold: what came back makes room for what goes.
+fn bodies_stream_both_ways_at_once(h: &Http) {
+    let sent = h.world.mesh().dir().join("sent");
+    let bytes = Pattern::bytes(7, 50_000_000);
+    std::fs::write(&sent, &bytes).unwrap();
+    let data = format!("@{}", sent.display());
+    for (path, port, version) in [
+        ("/near/echo", ONE, "--http1.1"),
+        ("/far/echo", ONE, "--http1.1"),
+        ("/near/echo", TWO, "--http2-prior-knowledge"),
+        ("/far/echo", TWO, "--http2-prior-knowledge"),
+    ] {
+        for framed in ["content-type: x", "transfer-encoding: chunked"] {
+            if port == TWO && framed.starts_with("transfer") {
+                continue;
+            }
+            let url = format!("http://{}{path}", SocketAddr::new(h.web.v4, port));
+            let flags = ["--silent", "--fail", "--max-time", "60", version, "-H", framed, "--data-binary", &data, &url];
+            let output = h.client.command("curl").args(flags).output().unwrap();
+            assert!(output.status.success(), "{path} {version} {framed}: {}", output.status);
+            assert!(output.stdout == bytes, "{path} {version} {framed}: {} bytes came back", output.stdout.len());
+        }
+    }
 }
 
 fn the_servers_policy_is_kept(h: &Http) {
