@@ -46,6 +46,8 @@ impl ApiError {
                     409 => Self::Conflict { what, why },
                     // What it cannot read of ours it calls a fault of its own.
                     500 if why.contains("unable to convert") => Self::Refused { what, why },
+                    // Of an exec: the kubelet's word.
+                    500 if why.contains("container not found") => Self::NotFound { what, why },
                     // It is there and cannot answer: its store is away, or it starts.
                     429 | 500 | 502 | 503 | 504 => Self::Unreachable { url: url.to_owned(), why },
                     _ => Self::Refused { what, why },
