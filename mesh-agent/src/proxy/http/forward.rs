@@ -174,7 +174,7 @@ pub async fn forward<W: World>(
             tried.push(endpoint);
         }
         drop(answered);
-        tokio::time::sleep(pause(retry.backoff, nth, rand::random())).await;
+        tokio::time::sleep(pause(retry.backoff, nth, rand::random()).max(retry.least)).await;
     }
     Err(Failure::NoBackend("the request could not be sent again".to_owned()))
 }

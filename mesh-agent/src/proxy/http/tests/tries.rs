@@ -4,7 +4,14 @@ use super::*;
 use crate::model::http::{Retry, RetryOn};
 
 fn retry(attempts: u32, on: RetryOn) -> Option<Retry> {
-    Some(Retry { attempts, on, per_try: None, backoff: Duration::from_millis(1), previous_hosts: false })
+    Some(Retry {
+        attempts,
+        on,
+        per_try: None,
+        backoff: Duration::from_millis(1),
+        previous_hosts: false,
+        least: Duration::ZERO,
+    })
 }
 
 /// An address where nobody listens.
