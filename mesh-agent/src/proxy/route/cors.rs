@@ -2,8 +2,8 @@
 
 use http::header::{
     ACCESS_CONTROL_ALLOW_CREDENTIALS, ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS,
-    ACCESS_CONTROL_ALLOW_ORIGIN, ACCESS_CONTROL_EXPOSE_HEADERS, ACCESS_CONTROL_MAX_AGE, ACCESS_CONTROL_REQUEST_METHOD,
-    ORIGIN, VARY,
+    ACCESS_CONTROL_ALLOW_ORIGIN, ACCESS_CONTROL_EXPOSE_HEADERS, ACCESS_CONTROL_MAX_AGE, ACCESS_CONTROL_REQUEST_HEADERS,
+    ACCESS_CONTROL_REQUEST_METHOD, ORIGIN, VARY,
 };
 use http::{HeaderMap, HeaderValue, Method};
 
@@ -29,14 +29,19 @@ pub fn judge(cors: &Cors, method: &Method, headers: &HeaderMap) -> Judgement {
         (true, true) => {
             let mut answer = HeaderMap::new();
             permit(cors, origin, &mut answer);
-            for (name, value) in [
-                (ACCESS_CONTROL_ALLOW_METHODS, &cors.methods),
-                (ACCESS_CONTROL_ALLOW_HEADERS, &cors.headers),
-                (ACCESS_CONTROL_MAX_AGE, &cors.max_age),
+            for (name, allowed, asked) in [
+                (ACCESS_CONTROL_ALLOW_METHODS, &cors.methods, ACCESS_CONTROL_REQUEST_METHOD),
+                (ACCESS_CONTROL_ALLOW_HEADERS, &cors.headers, ACCESS_CONTROL_REQUEST_HEADERS),
             ] {
-                if let Some(value) = value {
-                    answer.insert(name, value.0.clone());
+                let Some(allowed) = allowed else { continue };
+                // With credentials a browser takes `*` for a name.
+                let said = if cors.credentials && allowed.0 == "*" { headers.get(asked) } else { Some(&allowed.0) };
+                if let Some(said) = said {
+                    answer.insert(name, said.clone());
                 }
+            }
+            if let Some(max_age) = &cors.max_age {
+                answer.insert(ACCESS_CONTROL_MAX_AGE, max_age.0.clone());
             }
             Judgement::Answer(answer)
         }
@@ -106,6 +111,24 @@ mod tests {
             ("access-control-max-age", "600"),
         ]);
         assert_eq!(answer, expected);
+    }
+
+    #[test]
+    fn a_star_beside_credentials_is_what_was_asked_for() {
+        let star = |credentials| Cors { methods: Value::new("*"), headers: Value::new("*"), credentials, ..cors() };
+        let origin = ("origin", "https://shop.example");
+        let answer = |cors: Cors, asked: &[(&'static str, &'static str)]| {
+            let Judgement::Answer(answer) = judge(&cors, &Method::OPTIONS, &headers(asked)) else {
+                panic!("not answered")
+            };
+            let text = |name| answer.get(name).map(|v| v.to_str().unwrap().to_owned());
+            (text("access-control-allow-methods"), text("access-control-allow-headers"))
+        };
+        let asked = [origin, ASKS, ("access-control-request-headers", "x-a, x-b")];
+        let some = |text: &str| Some(text.to_owned());
+        assert_eq!(answer(star(true), &asked), (some("POST"), some("x-a, x-b")));
+        assert_eq!(answer(star(true), &[origin, ASKS]), (some("POST"), None));
+        assert_eq!(answer(star(false), &asked), (some("*"), some("*")));
     }
 
     #[test]

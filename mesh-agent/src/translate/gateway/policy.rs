@@ -165,6 +165,8 @@ impl SpecPersistence {
             // Of its own, so that two rules never take each other's.
             None => format!("nodemesh-{}-{}-{i}", at.namespace, at.name),
         };
+        let message = "sessions are not honoured yet: each request may go to another endpoint";
+        report.warning(field, message);
         let some = |d: Option<Duration>| d.filter(|d| !d.is_zero());
         Some(Persistence { kind, name: name.into(), absolute: some(absolute), idle: some(idle) })
     }
