@@ -97,8 +97,11 @@ pub fn without_an_agent_only_the_mesh_waits(stage: &Stage) {
     let kube = stage.installed();
     stage.namespace("inside", true);
     stage.namespace("outside", false);
-    // No agent fits on n1.
-    let nowhere = "{\"spec\":{\"template\":{\"spec\":{\"affinity\":{\"nodeAffinity\":{\"requiredDuringSchedulingIgnoredDuringExecution\":\
+    // No agent fits on n1. That of n2 is not replaced for it: two rollouts one after the other would be, and Kubernetes 1.36
+    // may leave the second of these half done for five minutes.
+    let strategy = ["-n", MESH, "get", "daemonset", "nodemesh-agent", "-o", "jsonpath={.spec.updateStrategy}"];
+    let strategy = kube.kubectl(&strategy).success();
+    let nowhere = "{\"spec\":{\"updateStrategy\":{\"type\":\"OnDelete\",\"rollingUpdate\":null},\"template\":{\"spec\":{\"affinity\":{\"nodeAffinity\":{\"requiredDuringSchedulingIgnoredDuringExecution\":\
                    {\"nodeSelectorTerms\":[{\"matchExpressions\":[{\"key\":\"kubernetes.io/hostname\",\"operator\":\"NotIn\",\"values\":[\"n1\"]}]}]}}}}}}}";
     kube.kubectl(&["-n", MESH, "patch", "daemonset", "nodemesh-agent", "--patch", nowhere]).success();
     kube.eventually("the agent of n1 is gone", || agent(kube, "n1").is_empty());
@@ -114,8 +117,11 @@ pub fn without_an_agent_only_the_mesh_waits(stage: &Stage) {
     });
     let phase = || kube.kubectl(&["-n", "inside", "get", "pod", "waits", "-o", "jsonpath={.status.phase}"]).out;
     assert_eq!(phase(), "Pending");
-    let back = "[{\"op\":\"remove\",\"path\":\"/spec/template/spec/affinity\"}]";
-    kube.kubectl(&["-n", MESH, "patch", "daemonset", "nodemesh-agent", "--type=json", "--patch", back]).success();
+    let back = format!(
+        "[{{\"op\":\"remove\",\"path\":\"/spec/template/spec/affinity\"}},\
+         {{\"op\":\"replace\",\"path\":\"/spec/updateStrategy\",\"value\":{strategy}}}]"
+    );
+    kube.kubectl(&["-n", MESH, "patch", "daemonset", "nodemesh-agent", "--type=json", "--patch", &back]).success();
     kube.rolled_out(MESH, "daemonset/nodemesh-agent");
     kube.ready("inside", "waits");
     stage.wait_in_mesh("inside", &["waits"]);
