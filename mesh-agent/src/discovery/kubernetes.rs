@@ -17,6 +17,7 @@ use serde_json::Value;
 use tokio::runtime::Runtime;
 use tokio::sync::{mpsc, oneshot};
 
+use super::absent::Absent;
 use super::hints::{self, Held, Hint};
 use super::of_source;
 use super::store::Publisher;
@@ -82,12 +83,25 @@ pub(super) struct Ears {
 pub(super) fn listen(server: &ApiServer, others: mpsc::UnboundedReceiver<Word>) -> Ears {
     let (tell, changes) = mpsc::channel(WAITING);
     for (index, (kind, _)) in KINDS.iter().enumerate() {
-        let mut changes = Box::pin(watch(server, kind, None, ""));
-        let tell = tell.clone();
+        let (server, tell) = (server.clone(), tell.clone());
         tokio::spawn(async move {
-            while let Some(change) = changes.next().await {
-                if tell.send(Word::Changed(index, change)).await.is_err() {
-                    return;
+            let mut absent = Absent::default();
+            loop {
+                let mut changes = Box::pin(watch(&server, kind, None, ""));
+                let mut wait = None;
+                while wait.is_none() {
+                    let Some(change) = changes.next().await else { return };
+                    wait = absent.after(kind, &change);
+                    if tell.send(Word::Changed(index, change)).await.is_err() {
+                        return;
+                    }
+                }
+                drop(changes);
+                // Agents that were started together do not ask together.
+                let wait = wait.unwrap_or_default().mul_f64(rand::random_range(0.8..1.2));
+                tokio::select! {
+                    () = tokio::time::sleep(wait) => {}
+                    () = tell.closed() => return,
                 }
             }
         });

@@ -4,6 +4,7 @@
 //! `file` and `kubernetes` know where objects are and nothing about their meaning, `store` knows what was last good and
 //! nothing about where it came from. `last_good` is what was known of a directory when the process before ended.
 
+mod absent;
 mod file;
 mod hints;
 mod kubernetes;
