@@ -10,6 +10,7 @@ mod problem;
 mod service;
 mod shared_map;
 mod snapshot;
+pub mod traffic;
 mod workload;
 
 pub use authorization::{

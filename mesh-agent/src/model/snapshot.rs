@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use super::few::Few;
 use super::http::HttpRoutes;
+use super::traffic::Destinations;
 use super::{Service, SharedMap, TrustDomain, Workload};
 
 /// Settings of the whole mesh that the data path needs.
@@ -32,6 +33,7 @@ pub struct SnapshotParts {
     pub workloads: Vec<Arc<Workload>>,
     pub services: Vec<Arc<Service>>,
     pub http: Vec<(ServiceKey, Arc<HttpRoutes>)>,
+    pub traffic: Vec<(ServiceKey, Arc<Destinations>)>,
 }
 
 /// A port of a service that rules speak of, whether or not there is such a service.
@@ -56,6 +58,7 @@ pub struct Snapshot {
     /// Endpoint address -> the services that name it, by namespace and name.
     by_endpoint: SharedMap<SocketAddr, Few<ByName>>,
     http: SharedMap<ServiceKey, Arc<HttpRoutes>>,
+    traffic: SharedMap<ServiceKey, Arc<Destinations>>,
 }
 
 /// A service in the order of namespace and name, which also tells it from others.
@@ -78,7 +81,7 @@ pub enum Target {
 impl Snapshot {
     /// Later workloads and services win where two claim one address; `translate` has made a Problem of it.
     pub fn new(generation: u64, parts: SnapshotParts) -> Self {
-        let SnapshotParts { settings, workloads, services, http } = parts;
+        let SnapshotParts { settings, workloads, services, http, traffic } = parts;
         let mut snapshot = Self {
             generation,
             settings,
@@ -89,10 +92,12 @@ impl Snapshot {
             by_vip: SharedMap::default(),
             by_endpoint: SharedMap::default(),
             http: SharedMap::default(),
+            traffic: SharedMap::default(),
         };
         workloads.into_iter().for_each(|w| snapshot.insert_workload(w));
         services.into_iter().for_each(|s| snapshot.insert_service(s));
         http.into_iter().for_each(|(key, routes)| snapshot.set_http(key, Some(routes)));
+        traffic.into_iter().for_each(|(key, destinations)| snapshot.set_traffic(key, Some(destinations)));
         snapshot
     }
 
@@ -167,6 +172,19 @@ impl Snapshot {
         self.http.get(key)
     }
 
+    /// From now on these hold for a port of a service, or none.
+    pub fn set_traffic(&mut self, key: ServiceKey, destinations: Option<Arc<Destinations>>) {
+        match destinations {
+            Some(destinations) => self.traffic.insert(key, destinations),
+            None => self.traffic.remove(&key),
+        }
+    }
+
+    /// How the endpoints of a service's port are shared out.
+    pub fn traffic(&self, key: &ServiceKey) -> Option<&Arc<Destinations>> {
+        self.traffic.get(key)
+    }
+
     /// The ports that have rules for HTTP, in no order.
     pub fn http_ports(&self) -> impl Iterator<Item = (&ServiceKey, &Arc<HttpRoutes>)> {
         self.http.iter()
@@ -174,7 +192,16 @@ impl Snapshot {
 
     /// The mesh before anything is known: no workload, no service.
     pub fn empty(settings: MeshSettings) -> Self {
-        Self::new(0, SnapshotParts { settings, workloads: Vec::new(), services: Vec::new(), http: Vec::new() })
+        Self::new(
+            0,
+            SnapshotParts {
+                settings,
+                workloads: Vec::new(),
+                services: Vec::new(),
+                http: Vec::new(),
+                traffic: Vec::new(),
+            },
+        )
     }
 
     /// Counts up with each change.
@@ -251,6 +278,7 @@ impl PartialEq for Snapshot {
             && self.workloads == other.workloads
             && self.services == other.services
             && self.http == other.http
+            && self.traffic == other.traffic
     }
 }
 

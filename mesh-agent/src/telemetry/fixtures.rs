@@ -90,5 +90,5 @@ pub(crate) fn outcome(flag: ResponseFlag) -> Outcome {
 pub(crate) fn snapshot(workloads: Vec<Arc<Workload>>, services: Vec<Arc<Service>>) -> Snapshot {
     let settings =
         MeshSettings { trust_domain: TrustDomain::new("cluster.local").unwrap(), outbound: OutboundPolicy::AllowAny };
-    Snapshot::new(7, SnapshotParts { settings, workloads, services, http: Vec::new() })
+    Snapshot::new(7, SnapshotParts { settings, workloads, services, http: Vec::new(), traffic: Vec::new() })
 }

@@ -237,6 +237,7 @@ impl Mesh {
             workloads: self.pods.workloads().cloned().collect(),
             services: self.services.services().cloned().collect(),
             http: self.routes.tables().collect(),
+            traffic: Vec::new(),
         }
     }
 

@@ -148,6 +148,7 @@ async fn engine(rules: Vec<HttpRule>, services: &[(&str, &str, &[SocketAddr])]) 
         workloads: vec![workload("shop", "a", "10.0.0.1")],
         services,
         http: vec![(key.clone(), Arc::new(routes))],
+        traffic: Vec::new(),
     };
     let world = Loopback(
         Rc::new(Inner {
