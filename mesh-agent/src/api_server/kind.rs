@@ -50,6 +50,8 @@ kinds! {
         "admissionregistration.k8s.io" "v1" "validatingwebhookconfigurations" "ValidatingWebhookConfiguration" false;
     PEER_AUTHENTICATION = "security.istio.io" "v1" "peerauthentications" "PeerAuthentication" true;
     AUTHORIZATION_POLICY = "security.istio.io" "v1" "authorizationpolicies" "AuthorizationPolicy" true;
+    VIRTUAL_SERVICE = "networking.istio.io" "v1" "virtualservices" "VirtualService" true;
+    DESTINATION_RULE = "networking.istio.io" "v1" "destinationrules" "DestinationRule" true;
     HTTP_ROUTE = "gateway.networking.k8s.io" "v1" "httproutes" "HTTPRoute" true;
     GRPC_ROUTE = "gateway.networking.k8s.io" "v1" "grpcroutes" "GRPCRoute" true;
     /// `v1` came with v1.5 of the API.

@@ -22,7 +22,7 @@ impl Absent {
     pub fn after(&mut self, kind: &Kind, change: &Change) -> Option<Duration> {
         match change {
             Change::Complete => self.failures = 0,
-            Change::Failed(ApiError::NotFound { .. }) if kind.group == Kind::HTTP_ROUTE.group => {
+            Change::Failed(ApiError::NotFound { .. }) if kind.group != Kind::AUTHORIZATION_POLICY.group => {
                 let wait = FIRST.saturating_mul(1 << self.failures.min(10)).min(LAST);
                 self.failures = self.failures.saturating_add(1);
                 return Some(wait);

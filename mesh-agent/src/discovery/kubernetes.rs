@@ -56,6 +56,8 @@ const KINDS: &[(Kind, Table)] = &[
     (Kind::ENDPOINT_SLICE, Table::EndpointSlice),
     (Kind::PEER_AUTHENTICATION, Table::PeerAuthentication),
     (Kind::AUTHORIZATION_POLICY, Table::AuthorizationPolicy),
+    (Kind::VIRTUAL_SERVICE, Table::VirtualService),
+    (Kind::DESTINATION_RULE, Table::DestinationRule),
     (Kind::HTTP_ROUTE, Table::HttpRoute),
     (Kind::GRPC_ROUTE, Table::GrpcRoute),
     (Kind::REFERENCE_GRANT, Table::ReferenceGrant),

@@ -23,4 +23,4 @@ pub use problem::{ObjectRef, Problem, Severity};
 pub use service::{Algorithm, Endpoint, Scope, Service, ServicePort};
 pub use shared_map::SharedMap;
 pub use snapshot::{MeshSettings, OutboundPolicy, ServiceKey, Snapshot, SnapshotParts, Target};
-pub use workload::{Locality, Names, Transport, Workload};
+pub use workload::{Labels, Locality, Names, Transport, Workload};

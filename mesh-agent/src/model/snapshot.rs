@@ -44,6 +44,12 @@ pub struct ServiceKey {
     pub port: u16,
 }
 
+impl ServiceKey {
+    pub fn new((namespace, name): &(Arc<str>, Arc<str>), port: u16) -> Self {
+        Self { namespace: namespace.clone(), name: name.clone(), port }
+    }
+}
+
 /// The configuration in force. Two snapshots are equal when they mean the same, whatever their generation.
 #[derive(Debug, Clone)]
 pub struct Snapshot {
@@ -188,6 +194,11 @@ impl Snapshot {
     /// The ports that have rules for HTTP, in no order.
     pub fn http_ports(&self) -> impl Iterator<Item = (&ServiceKey, &Arc<HttpRoutes>)> {
         self.http.iter()
+    }
+
+    /// The ports whose endpoints are shared out by rules, in no order.
+    pub fn traffic_ports(&self) -> impl Iterator<Item = (&ServiceKey, &Arc<Destinations>)> {
+        self.traffic.iter()
     }
 
     /// The mesh before anything is known: no workload, no service.

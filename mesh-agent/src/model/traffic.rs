@@ -45,6 +45,8 @@ pub struct TrafficPolicy {
     pub tcp: TcpLimits,
     pub http: HttpLimits,
     pub retry_budget: Option<RetryBudget>,
+    /// Why nothing is sent there at all. The Problem says it too.
+    pub closed: Option<Arc<str>>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]

@@ -1,5 +1,6 @@
 //! A workload: one pod (or machine) that sends and receives traffic.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
@@ -7,6 +8,9 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use super::{Rules, SpiffeId};
+
+/// A pod's labels.
+pub type Labels = BTreeMap<Arc<str>, Arc<str>>;
 
 /// One pod, with all that a connection from or to it needs to know. A mesh has many: what repeats is shared.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -29,6 +33,8 @@ pub struct Workload {
     pub netns: Option<Arc<Path>>,
     /// By which connections *to* it are judged. `None` where another node does that: nothing is let in by it here.
     pub rules: Option<Arc<Rules>>,
+    /// Of a workload of this node: what its requests are told apart by.
+    pub labels: Option<Arc<Labels>>,
     pub names: Arc<Names>,
     pub cluster: Arc<str>,
 }

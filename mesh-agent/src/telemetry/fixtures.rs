@@ -23,6 +23,7 @@ pub(crate) fn workload(namespace: &str, name: &str, address: &str) -> Arc<Worklo
         mode_is_said: true,
         netns: None,
         rules: Some(Arc::default()),
+        labels: None,
         names: Arc::new(Names {
             workload: name.into(),
             app: format!("{name}-app").into(),

@@ -136,6 +136,9 @@ impl Live {
     }
 }
 
+/// The group of Istio's objects for traffic.
+const ISTIO: &str = "networking.istio.io";
+
 impl Table {
     /// `None` for kinds that are not ours.
     pub fn of(group: &str, kind: &str) -> Option<Self> {
@@ -151,6 +154,8 @@ impl Table {
             (GROUP, "HTTPRoute") => Self::HttpRoute,
             (GROUP, "GRPCRoute") => Self::GrpcRoute,
             (GROUP, "ReferenceGrant") => Self::ReferenceGrant,
+            (ISTIO, "VirtualService") => Self::VirtualService,
+            (ISTIO, "DestinationRule") => Self::DestinationRule,
             _ => return None,
         })
     }

@@ -9,13 +9,17 @@ use std::sync::Arc;
 
 use super::gateway::RouteKind;
 use super::kubernetes::{self, Mode};
+use super::pod::Pod;
 use super::policies::Policies;
 use super::routes::Routes;
 use super::services::{Services, Slice};
 use super::texts::{Name, Texts};
-use super::workloads::{Pod, Pods};
+use super::traffic::Traffic;
+use super::virtual_services::{self, VirtualServices};
+use super::workloads::Pods;
 use super::{Parsed, Settings, Table};
 use crate::model::http::HttpRoutes;
+use crate::model::traffic::Destinations;
 use crate::model::{
     Locality, MeshSettings, NodePods, ObjectRef, Problem, Service, ServiceKey, Snapshot, SnapshotParts, Workload,
 };
@@ -29,6 +33,8 @@ pub(super) struct Mesh {
     classes: Classes,
     pods: Pods,
     services: Services,
+    traffic: Traffic,
+    virtual_services: VirtualServices,
     routes: Routes,
     policies: Policies,
 }
@@ -55,6 +61,8 @@ pub(super) struct Changes {
     pub new_services: Vec<Arc<Service>>,
     /// `None` where there are none any more.
     pub http: Vec<(ServiceKey, Option<Arc<HttpRoutes>>)>,
+    /// `None` where there are none any more.
+    pub traffic: Vec<(ServiceKey, Option<Arc<Destinations>>)>,
     /// Whether there may be other Problems.
     pub problems: bool,
 }
@@ -112,6 +120,8 @@ impl Mesh {
             classes: Classes::new(),
             pods: Pods::default(),
             services: Services::default(),
+            traffic: Traffic::default(),
+            virtual_services: VirtualServices::default(),
             routes: Routes::default(),
             policies: Policies::default(),
         }
@@ -136,6 +146,8 @@ impl Mesh {
             Parsed::PeerAuthentication(p) => self.policies.set_peer(name, Some(p.clone())),
             Parsed::AuthorizationPolicy(p) => self.policies.set_authorization(name, Some(p.clone())),
             Parsed::Route(r) => self.routes.set((r.kind, name), Some(r.clone())),
+            Parsed::VirtualService(v) => self.virtual_services.set(name, Some(v.clone()), &self.settings),
+            Parsed::DestinationRule(r) => self.traffic.set(name, Some(r.clone()), &self.settings),
             Parsed::ReferenceGrant(g) => self.routes.set_grant(name, Some(g.clone())),
             Parsed::Nothing => {}
         }
@@ -155,6 +167,8 @@ impl Mesh {
             Table::HttpRoute => self.routes.set((RouteKind::Http, name), None),
             Table::GrpcRoute => self.routes.set((RouteKind::Grpc, name), None),
             Table::ReferenceGrant => self.routes.set_grant(name, None),
+            Table::DestinationRule => self.traffic.set(name, None, &self.settings),
+            Table::VirtualService => self.virtual_services.set(name, None, &self.settings),
         }
     }
 
@@ -171,6 +185,8 @@ impl Mesh {
             Table::HttpRoute => self.routes.has(RouteKind::Http, name),
             Table::GrpcRoute => self.routes.has(RouteKind::Grpc, name),
             Table::ReferenceGrant => self.routes.has_grant(name),
+            Table::DestinationRule => self.traffic.has(name),
+            Table::VirtualService => self.virtual_services.has(name),
         }
     }
 
@@ -189,19 +205,40 @@ impl Mesh {
             Table::HttpRoute => self.routes.names(RouteKind::Http).cloned().collect(),
             Table::GrpcRoute => self.routes.names(RouteKind::Grpc).cloned().collect(),
             Table::ReferenceGrant => self.routes.grant_names().cloned().collect(),
+            Table::DestinationRule => self.traffic.names().cloned().collect(),
+            Table::VirtualService => self.virtual_services.names().cloned().collect(),
         }
     }
 
     /// Makes again what is due.
     pub fn make(&mut self) -> Changes {
-        let Self { settings, texts, sites, namespaces, nodes, classes, pods, services, routes, policies } = self;
+        let Self {
+            settings,
+            texts,
+            sites,
+            namespaces,
+            nodes,
+            classes,
+            pods,
+            services,
+            traffic,
+            virtual_services,
+            routes,
+            policies,
+        } = self;
         let mut changes = Changes::default();
         if settings.endpoints_from_pods && pods.any_due() {
             services.all_due();
         }
         let around = Surroundings { settings, sites, namespaces, nodes, classes, policies };
         let made = services.make(&around, pods, texts, &mut changes);
-        routes.make(services, sites, &mut changes);
+        let shared = traffic.make(&made, services, pods, (settings, sites), &mut changes);
+        let others = {
+            let changed = made.union(&shared).cloned().collect();
+            let around = virtual_services::Around { settings, sites, services, traffic };
+            virtual_services.make(&changed, &around, &mut changes.problems)
+        };
+        routes.make(services, virtual_services, others, sites, &mut changes);
         if policies.have_changed() || made.iter().any(|name| policies.target(name)) {
             policies.make_ready(&settings.root_namespace, sites, |ns, name| services.behind(ns, name));
             pods.due_to_judge();
@@ -215,13 +252,27 @@ impl Mesh {
         self.settings = settings;
         self.pods.all_due();
         self.services.all_due();
+        self.traffic.all_due(&self.settings);
+        self.virtual_services.all_due(&self.settings);
         self.policies.touch();
     }
 
     /// What is to be said of the pods of this node.
     pub fn node_pods(&self) -> NodePods {
-        let Self { settings, texts: _, sites, namespaces, nodes, classes, pods, services: _, routes: _, policies } =
-            self;
+        let Self {
+            settings,
+            texts: _,
+            sites,
+            namespaces,
+            nodes,
+            classes,
+            pods,
+            services: _,
+            traffic: _,
+            virtual_services: _,
+            routes: _,
+            policies,
+        } = self;
         let istio = settings.istio_labels;
         let enabled = namespaces.iter().filter(|(_, mode)| mode.enabled(istio) == Some(true));
         NodePods {
@@ -237,7 +288,7 @@ impl Mesh {
             workloads: self.pods.workloads().cloned().collect(),
             services: self.services.services().cloned().collect(),
             http: self.routes.tables().collect(),
-            traffic: Vec::new(),
+            traffic: self.traffic.destinations().collect(),
         }
     }
 
@@ -248,7 +299,12 @@ impl Mesh {
     /// What was found when things were put together.
     pub fn problems(&self) -> impl Iterator<Item = &Problem> {
         let of_policies = self.policies.problems().iter();
-        of_policies.chain(self.services.problems()).chain(self.routes.problems()).chain(self.pods.problems())
+        of_policies
+            .chain(self.services.problems())
+            .chain(self.routes.problems())
+            .chain(self.traffic.problems())
+            .chain(self.virtual_services.problems())
+            .chain(self.pods.problems())
     }
 
     fn set_namespace(&mut self, name: &Arc<str>, mode: Option<Mode>) {
@@ -295,9 +351,9 @@ impl Mesh {
 
 impl Changes {
     pub fn is_empty(&self) -> bool {
-        let Self { old_workloads, new_workloads, old_services, new_services, http, problems: _ } = self;
+        let Self { old_workloads, new_workloads, old_services, new_services, http, traffic, problems: _ } = self;
         let no_workloads = old_workloads.is_empty() && new_workloads.is_empty();
-        no_workloads && old_services.is_empty() && new_services.is_empty() && http.is_empty()
+        no_workloads && old_services.is_empty() && new_services.is_empty() && http.is_empty() && traffic.is_empty()
     }
 
     /// `before` with the changes. The old go first: what one gives up another may take.
@@ -308,6 +364,7 @@ impl Changes {
         self.new_workloads.into_iter().for_each(|w| next.insert_workload(w));
         self.new_services.into_iter().for_each(|s| next.insert_service(s));
         self.http.into_iter().for_each(|(key, routes)| next.set_http(key, routes));
+        self.traffic.into_iter().for_each(|(key, all)| next.set_traffic(key, all));
         next
     }
 }

@@ -9,18 +9,22 @@
 
 mod candidate;
 mod gateway;
+mod hosts;
 mod istio;
 mod kubernetes;
 mod live;
 mod manifest;
 mod mesh;
 mod object;
+mod pod;
 mod policies;
 mod report;
 mod routes;
 mod schema;
 mod services;
 mod texts;
+mod traffic;
+mod virtual_services;
 mod workloads;
 
 use std::collections::BTreeMap;
@@ -34,7 +38,7 @@ pub use texts::Name;
 
 use crate::model::{NodePods, ObjectRef, OutboundPolicy, Problem, Severity, SnapshotParts, TrustDomain};
 use gateway::{Grant, Route};
-use istio::{AuthorizationPolicy, PeerAuthentication};
+use istio::{AuthorizationPolicy, DestinationRule, PeerAuthentication, VirtualService};
 use kubernetes::{EndpointSlice, Namespace, Node, Pod, RuntimeClass, Service};
 use mesh::Mesh;
 use report::Report;
@@ -129,6 +133,8 @@ enum Parsed {
     AuthorizationPolicy(AuthorizationPolicy),
     Route(Arc<Route>),
     ReferenceGrant(Grant),
+    DestinationRule(Arc<DestinationRule>),
+    VirtualService(Arc<VirtualService>),
     /// A kind that is checked for its shape only.
     Nothing,
 }
@@ -147,6 +153,8 @@ pub enum Table {
     HttpRoute,
     GrpcRoute,
     ReferenceGrant,
+    DestinationRule,
+    VirtualService,
 }
 
 /// Makes the model out of `objects`. The order of `objects` changes nothing but which of two equal names is the second.
@@ -254,6 +262,16 @@ fn parse_object(object: &Object, report: &mut Report) -> Option<Result<Parsed, B
             known_version(&["v1", "v1beta1"], report);
             let parsed = istio::authorization_policy(object, report);
             Some(parsed.map(Parsed::AuthorizationPolicy).ok_or_else(|| istio::closed_authorization_policy(object)))
+        }
+        ("networking.istio.io", "DestinationRule") => {
+            known_version(&["v1", "v1beta1", "v1alpha3"], report);
+            let parsed = istio::destination_rule(object, report);
+            Some(parsed.map(|rule| Parsed::DestinationRule(Arc::new(rule))).ok_or(istio::GO_ON))
+        }
+        ("networking.istio.io", "VirtualService") => {
+            known_version(&["v1", "v1beta1", "v1alpha3"], report);
+            let parsed = istio::virtual_service(object, report);
+            Some(parsed.map(|service| Parsed::VirtualService(Arc::new(service))).ok_or(istio::GO_ON))
         }
         (gateway::GROUP, "HTTPRoute") => {
             known_version(&["v1", "v1beta1"], report);

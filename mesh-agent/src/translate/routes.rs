@@ -15,8 +15,9 @@ use super::gateway::{Grant, Rank, Referent, Route, RouteKind};
 use super::kubernetes::{Kind, Port};
 use super::mesh::{Changes, Sites};
 use super::problem;
-use super::services::Services;
+use super::services::{Services, other_protocol, past};
 use super::texts::Name;
+use super::virtual_services::VirtualServices;
 use crate::model::http::{Action, Backend, HttpRoutes, HttpRule, Mirror, RouteTable, Target};
 use crate::model::{ObjectRef, Problem, ServiceKey, Severity};
 
@@ -161,14 +162,25 @@ impl Routes {
     pub fn tables(&self) -> impl Iterator<Item = (ServiceKey, Arc<HttpRoutes>)> {
         let of = |(name, made): (&Name, &Made)| {
             let name = name.clone();
-            let with_key = move |(port, routes): (&u16, &Arc<HttpRoutes>)| (service_key(&name, *port), routes.clone());
+            let with_key =
+                move |(port, routes): (&u16, &Arc<HttpRoutes>)| (ServiceKey::new(&name, *port), routes.clone());
             made.ports.iter().map(with_key).collect::<Vec<_>>()
         };
         self.made.iter().flat_map(of)
     }
 
     /// Makes those that are due.
-    pub fn make(&mut self, services: &Services, sites: &Sites, changes: &mut Changes) {
+    ///
+    /// `others` are the Services for which VirtualServices say something else than before.
+    pub fn make(
+        &mut self,
+        services: &Services,
+        virtual_services: &VirtualServices,
+        others: BTreeSet<Name>,
+        sites: &Sites,
+        changes: &mut Changes,
+    ) {
+        self.due_tables.extend(others);
         changes.problems |= std::mem::take(&mut self.problem_gone);
         for key in std::mem::take(&mut self.due) {
             let Some(known) = self.all.get(&key) else { continue };
@@ -185,15 +197,15 @@ impl Routes {
             self.all.get_mut(&key).expect("it was there").meaning = new;
         }
         for service in std::mem::take(&mut self.due_tables) {
-            let mut new = self.tables_of(&service, sites);
+            let mut new = self.tables_of(&service, virtual_services, sites);
             let old = self.made.remove(&service).unwrap_or_default();
             changes.problems |= new.problems != old.problems;
             let gone = old.ports.keys().filter(|port| !new.ports.contains_key(port));
-            changes.http.extend(gone.map(|port| (service_key(&service, *port), None)));
+            changes.http.extend(gone.map(|port| (ServiceKey::new(&service, *port), None)));
             for (port, routes) in &mut new.ports {
                 match old.ports.get(port).filter(|old| *old == routes) {
                     Some(old) => *routes = old.clone(),
-                    None => changes.http.push((service_key(&service, *port), Some(routes.clone()))),
+                    None => changes.http.push((ServiceKey::new(&service, *port), Some(routes.clone()))),
                 }
             }
             if !new.ports.is_empty() || !new.problems.is_empty() {
@@ -272,7 +284,7 @@ impl Routes {
     }
 
     /// The tables of a Service, of the routes that are attached to it.
-    fn tables_of(&self, service: &Name, sites: &Sites) -> Made {
+    fn tables_of(&self, service: &Name, virtual_services: &VirtualServices, sites: &Sites) -> Made {
         type Group<'a> = BTreeMap<RouteKind, Vec<(&'a Known, &'a Attached)>>;
         // The producer's under no namespace.
         let mut ports: BTreeMap<u16, BTreeMap<Option<&Arc<str>>, Group<'_>>> = BTreeMap::new();
@@ -286,6 +298,7 @@ impl Routes {
             }
         }
         let mut made = Made::default();
+        let mut winners = BTreeMap::new();
         for (port, groups) in ports {
             let mut routes = HttpRoutes::default();
             for (namespace, group) in groups {
@@ -303,13 +316,43 @@ impl Routes {
                     let at = sites.of(route.kind.name(), &route.namespace, &route.name);
                     made.problems.push(problem(Severity::Warning, &at, &attached.field, message));
                 }
-                let table = Arc::new(table(first.into_iter().map(|(known, _)| known).collect()));
+                winners.insert((port, namespace), winner);
+                let table = Arc::new(table(first.iter().map(|(known, _)| *known).collect()));
                 match namespace {
                     None => routes.general = Some(table),
                     Some(namespace) => drop(routes.by_namespace.insert(namespace.clone(), table)),
                 }
             }
             made.ports.insert(port, Arc::new(routes));
+        }
+        for (port, slots) in virtual_services.of(service).into_iter().flatten() {
+            let mut routes = made.ports.remove(port).map(Arc::unwrap_or_clone).unwrap_or_default();
+            let general = slots.general.iter().map(|held| (None, held));
+            let own = slots.by_namespace.iter().map(|(namespace, held)| (Some(namespace), held));
+            for (namespace, held) in general.chain(own) {
+                // A route of the Gateway API that holds for these clients comes first.
+                let winner = winners.get(&(*port, namespace)).or_else(|| winners.get(&(*port, None)));
+                match (winner, namespace) {
+                    (Some(winner), _) => {
+                        let message = format!(
+                            "{} {}/{} holds for port {port} of Service {}/{} too and comes first, so that this one does not \
+                             hold there: remove one of the two",
+                            winner.kind.name(),
+                            winner.namespace,
+                            winner.name,
+                            service.0,
+                            service.1
+                        );
+                        let at = sites.of("VirtualService", &held.owner.0, &held.owner.1);
+                        made.problems.push(problem(Severity::Warning, &at, "spec.hosts", message));
+                    }
+                    (None, None) => routes.general = Some(held.table.clone()),
+                    (None, Some(namespace)) => drop(routes.by_namespace.insert(namespace.clone(), held.table.clone())),
+                }
+            }
+            if !routes.is_empty() {
+                made.ports.insert(*port, Arc::new(routes));
+            }
         }
         made
     }
@@ -350,14 +393,7 @@ fn attached(route: &Route, services: &Services, problems: &mut Problems) -> Vec<
             problems.warn(&parent.field, message);
             continue;
         };
-        let past = match &service.kind {
-            Kind::ExternalName => Some("is an ExternalName, which is no service of the mesh"),
-            Kind::Addresses(addresses) if addresses.is_empty() => {
-                Some("has no address, and its pods are called at theirs")
-            }
-            Kind::Addresses(_) => None,
-        };
-        if let Some(past) = past {
+        if let Some(past) = past(service) {
             let message =
                 format!("Service {namespace}/{name} {past}, so that no rule is asked: use one with an address");
             problems.warn(&parent.field, message);
@@ -396,20 +432,6 @@ fn attached(route: &Route, services: &Services, problems: &mut Problems) -> Vec<
     attached
 }
 
-const HTTP: [&str; 6] = ["http", "http2", "grpc", "grpc-web", "kubernetes.io/h2c", "kubernetes.io/ws"];
-/// Names, or begins of names before a dash, by which Istio knows what a port speaks.
-const OTHERS: [&str; 8] = ["tcp", "tls", "https", "mongo", "mysql", "redis", "udp", "postgres"];
-
-/// What a port is declared to speak, if that is no HTTP that can be read. One that says nothing is taken for HTTP by the
-/// rules that are made for it.
-fn other_protocol(port: &Port) -> Option<&str> {
-    if let Some(protocol) = port.app_protocol.as_deref().filter(|p| !p.is_empty()) {
-        return (!HTTP.iter().any(|http| protocol.eq_ignore_ascii_case(http))).then_some(protocol);
-    }
-    let name = port.name.split('-').next().unwrap_or_default();
-    OTHERS.contains(&name).then_some(name)
-}
-
 fn parents(route: &Route) -> BTreeSet<&Name> {
     route.parents.iter().map(|parent| &parent.service).collect()
 }
@@ -420,8 +442,4 @@ fn backends(route: &Route) -> BTreeSet<&Name> {
         backends.chain(rule.mirrors.iter().map(|(referent, _)| referent))
     });
     of_rules.map(|referent| &referent.service).collect()
-}
-
-fn service_key((namespace, name): &Name, port: u16) -> ServiceKey {
-    ServiceKey { namespace: namespace.clone(), name: name.clone(), port }
 }

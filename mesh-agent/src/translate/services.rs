@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
+use super::hosts::Host;
 use super::kubernetes::{self, Kind, Port, Service, TargetPort};
 use super::mesh::{Changes, Nodes, Surroundings};
 use super::problem;
@@ -165,6 +166,19 @@ impl Services {
     /// A Service as it is written.
     pub fn written(&self, name: &Name) -> Option<&Service> {
         self.all.get(name).map(|known| &*known.service)
+    }
+
+    /// A Service as it is in the model.
+    pub fn made(&self, name: &Name) -> Option<Arc<model::Service>> {
+        self.all.get(name).and_then(|known| known.made.clone())
+    }
+
+    /// Those that a host means.
+    pub fn of_host<'a>(&'a self, host: &'a Host, domain: &'a str) -> Box<dyn Iterator<Item = &'a Name> + 'a> {
+        match host {
+            Host::Service(name) => Box::new(self.all.get_key_value(name).map(|(name, _)| name).into_iter()),
+            Host::Foreign(_) | Host::Below(_) => Box::new(self.all.keys().filter(|name| host.holds_for(name, domain))),
+        }
     }
 
     pub fn has(&self, name: &Name) -> bool {
@@ -382,4 +396,27 @@ fn endpoints_of_pods(
         }
     }
     endpoints
+}
+
+const HTTP: [&str; 6] = ["http", "http2", "grpc", "grpc-web", "kubernetes.io/h2c", "kubernetes.io/ws"];
+/// Names, or begins of names before a dash, by which Istio knows what a port speaks.
+const OTHERS: [&str; 8] = ["tcp", "tls", "https", "mongo", "mysql", "redis", "udp", "postgres"];
+
+/// What a port is declared to speak, if that is no HTTP that can be read. One that says nothing is taken for HTTP by the
+/// rules that are made for it.
+pub(super) fn other_protocol(port: &Port) -> Option<&str> {
+    if let Some(protocol) = port.app_protocol.as_deref().filter(|p| !p.is_empty()) {
+        return (!HTTP.iter().any(|http| protocol.eq_ignore_ascii_case(http))).then_some(protocol);
+    }
+    let name = port.name.split('-').next().unwrap_or_default();
+    OTHERS.contains(&name).then_some(name)
+}
+
+/// Why rules for a Service are never asked, where that is so.
+pub(super) fn past(service: &Service) -> Option<&'static str> {
+    match &service.kind {
+        Kind::ExternalName => Some("is an ExternalName, which is no service of the mesh"),
+        Kind::Addresses(addresses) if addresses.is_empty() => Some("has no address, and its pods are called at theirs"),
+        Kind::Addresses(_) => None,
+    }
 }

@@ -7,6 +7,7 @@
 mod changes;
 mod laws;
 mod rules;
+mod traffic;
 mod verdicts;
 
 use std::fmt::Write as _;
@@ -163,6 +164,9 @@ fn render(t: &Translation) -> String {
     }
     for (key, routes) in &t.parts.http {
         rules::render(key, routes, &mut out);
+    }
+    for (key, all) in &t.parts.traffic {
+        traffic::render(key, all, &mut out);
     }
     out
 }

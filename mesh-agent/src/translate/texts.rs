@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::hash::Hash;
 use std::sync::Arc;
 
-use crate::model::{Locality, Names, SpiffeId};
+use crate::model::{Labels, Locality, Names, SpiffeId};
 
 /// Namespace and name; the first is empty for objects without one.
 pub type Name = (Arc<str>, Arc<str>);
@@ -66,7 +66,14 @@ pub(super) struct Kin {
     pub names: Arc<Names>,
     /// Empty for the usual one.
     pub runtime_class: Arc<str>,
+    /// But for those that a StatefulSet makes of the pod's name: see `has_ordinal`.
+    pub labels: Labels,
+    /// Whether the pod has the labels `POD_NAME` and `POD_INDEX` too, which its name tells.
+    pub has_ordinal: bool,
 }
+
+pub(super) const POD_NAME: &str = "statefulset.kubernetes.io/pod-name";
+pub(super) const POD_INDEX: &str = "apps.kubernetes.io/pod-index";
 
 /// What an EndpointSlice says of where an endpoint is.
 #[derive(Debug, PartialEq, Eq, Hash)]
@@ -98,6 +105,10 @@ impl Texts {
 
     pub fn kin(&mut self, kin: Kin) -> Arc<Kin> {
         self.kin.get_owned(kin)
+    }
+
+    pub fn labels(&mut self, labels: &BTreeMap<String, String>) -> Labels {
+        labels.iter().map(|(key, value)| (self.text(key), self.text(value))).collect()
     }
 
     pub fn spot(&mut self, spot: Spot) -> Arc<Spot> {

@@ -1,7 +1,6 @@
 //! Pods become workloads: who is in the mesh, at which address, under which identity and rules.
 //!
-//! A pod is kept in as few bytes as will do, since a mesh has a hundred thousand and a node cares for a hundred. What
-//! becomes of it depends on itself, on its Namespace and Node, on policies, and on who else claims what only one can have:
+//! What becomes of a pod depends on itself, on its Namespace and Node, on policies, and on who else claims what only one can have:
 //! of those who claim a thing the newest has it. So a change touches the pod and those who claim the same.
 
 use std::cmp::{Ordering, Reverse};
@@ -11,147 +10,12 @@ use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::kubernetes::{self, MODE, Mode};
+use super::kubernetes::MODE;
 use super::mesh::{Changes, Classes, Surroundings};
-use super::report::Labels;
-use super::texts::{ByName, Kin, Name, Texts};
+use super::pod::Pod;
+use super::texts::{ByName, Name};
 use super::{Settings, problem};
-use crate::model::{Few, Names, NodePod, Problem, Severity, SpiffeId, Standing, Transport, Workload};
-
-/// A pod, as it is kept.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) struct Pod {
-    pub name: Arc<str>,
-    pub namespace: Arc<str>,
-    /// `namespace/name` where the manifest has none.
-    uid: Arc<str>,
-    created: Created,
-    pub terminating: bool,
-    ended: bool,
-    host_network: bool,
-    mode: Mode,
-    pub node: Arc<str>,
-    addresses: Arc<[IpAddr]>,
-    kin: Arc<Kin>,
-    /// What only its own node needs.
-    pub own: Option<Box<Own>>,
-}
-
-#[derive(Debug, PartialEq, Eq)]
-pub(super) struct Own {
-    pub labels: Labels,
-    pub ready: bool,
-    /// What its annotation `nodemesh.io/status` says.
-    shown: Option<String>,
-    static_uid: Option<Arc<str>>,
-    netns: Option<Arc<Path>>,
-    pub named_ports: Vec<(String, u16)>,
-}
-
-impl Pod {
-    pub fn new(pod: &kubernetes::Pod, settings: &Settings, texts: &mut Texts) -> Self {
-        let identity = SpiffeId::new(&settings.trust_domain, &pod.namespace, &pod.service_account)
-            .expect("the names were checked when the pod was parsed");
-        let names = Arc::new(names(pod, texts));
-        let runtime_class = texts.text(&pod.runtime_class);
-        let keep = settings.endpoints_from_pods || settings.judges(&pod.node);
-        let own = || Own {
-            labels: pod.labels.clone(),
-            ready: pod.ready,
-            shown: pod.shown.clone(),
-            static_uid: pod.static_uid.as_deref().map(Into::into),
-            netns: pod.netns.as_deref().map(Into::into),
-            named_ports: pod.named_ports.clone(),
-        };
-        Self {
-            name: pod.name.as_str().into(),
-            namespace: texts.text(&pod.namespace),
-            uid: match pod.uid.as_str() {
-                "" => format!("{}/{}", pod.namespace, pod.name).into(),
-                uid => uid.into(),
-            },
-            created: Created::new(pod.created.as_deref()),
-            terminating: pod.terminating,
-            ended: pod.ended,
-            host_network: pod.host_network,
-            mode: pod.mode,
-            node: texts.text(&pod.node),
-            addresses: pod.addresses.as_slice().into(),
-            kin: texts.kin(Kin { identity, names, runtime_class }),
-            own: keep.then(|| Box::new(own())),
-        }
-    }
-
-    /// A workload goes on as it is where it can, and shares these with its pod.
-    fn share(mut self, before: &Self) -> Self {
-        for (new, old) in [(&mut self.name, &before.name), (&mut self.uid, &before.uid)] {
-            if new == old {
-                *new = old.clone();
-            }
-        }
-        if self.addresses == before.addresses {
-            self.addresses = before.addresses.clone();
-        }
-        self
-    }
-
-    fn key(&self) -> Name {
-        (self.namespace.clone(), self.name.clone())
-    }
-
-    /// Whether it may be a workload. The others take no part: they have no address of their own.
-    fn takes_part(&self, settings: &Settings) -> bool {
-        !self.ended && !self.host_network && (settings.without_address || !self.addresses.is_empty())
-    }
-
-    fn netns(&self) -> Option<&Arc<Path>> {
-        self.own.as_ref()?.netns.as_ref()
-    }
-}
-
-/// Names for metrics, from labels as Istio derives them.
-fn names(pod: &kubernetes::Pod, texts: &mut Texts) -> Names {
-    let first =
-        |keys: &[&str]| keys.iter().find_map(|k| pod.labels.get(*k)).map(String::as_str).filter(|v| !v.is_empty());
-    const REVISION: &str = "service.istio.io/canonical-revision";
-    let canonical_name = first(&["service.istio.io/canonical-name", "app.kubernetes.io/name", "app"]);
-    Names {
-        workload: texts.text(&pod.workload_name),
-        app: texts.text(first(&["app", "app.kubernetes.io/name"]).unwrap_or("unknown")),
-        version: texts.text(first(&["version", "app.kubernetes.io/version"]).unwrap_or("unknown")),
-        canonical_name: texts.text(canonical_name.unwrap_or(&pod.workload_name)),
-        canonical_revision: texts.text(first(&[REVISION, "app.kubernetes.io/version", "version"]).unwrap_or("latest")),
-    }
-}
-
-/// When an object was made, in the bytes that Kubernetes writes.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) enum Created {
-    Unknown,
-    /// `2026-11-24T13:00:00Z`
-    Second([u8; 20]),
-    Otherwise(Box<str>),
-}
-
-impl Created {
-    fn new(text: Option<&str>) -> Self {
-        match text {
-            None => Self::Unknown,
-            Some(text) => match text.as_bytes().try_into() {
-                Ok(second) => Self::Second(second),
-                Err(_) => Self::Otherwise(text.into()),
-            },
-        }
-    }
-
-    fn bytes(&self) -> Option<&[u8]> {
-        match self {
-            Self::Unknown => None,
-            Self::Second(second) => Some(second),
-            Self::Otherwise(text) => Some(text.as_bytes()),
-        }
-    }
-}
+use crate::model::{Few, NodePod, Problem, Severity, Standing, Transport, Workload};
 
 /// The newest comes first and takes what it claims: an address that was given again belongs to the pod that got it.
 #[derive(Debug, Clone)]
@@ -258,6 +122,8 @@ pub(super) struct Pods {
     made: bool,
     /// Workloads of pods that are gone since `make`.
     gone: BTreeMap<Name, Arc<Workload>>,
+    /// Addresses behind which other labels may be since `make`.
+    relabelled: Vec<IpAddr>,
     problems: BTreeMap<Name, Vec<Problem>>,
 }
 
@@ -276,6 +142,10 @@ impl Pods {
             Some(before) => pod.map(|pod| pod.share(before)),
             None => pod,
         };
+        if self.made {
+            let all = [before.as_deref(), pod.as_ref()].into_iter().flatten();
+            self.relabelled.extend(all.flat_map(|pod| pod.addresses.iter().copied()));
+        }
         if let Some(before) = before.filter(|p| p.takes_part(settings)) {
             self.owners.take(&before, &mut self.due);
         }
@@ -348,13 +218,23 @@ impl Pods {
         self.due.extend(self.own.iter().cloned());
     }
 
+    /// Tells the addresses behind which other labels may be since it was asked last.
+    pub fn take_relabelled(&mut self) -> Vec<IpAddr> {
+        std::mem::take(&mut self.relabelled)
+    }
+
+    /// The pod that has an address.
+    pub fn at(&self, address: IpAddr) -> Option<&Pod> {
+        self.owners.addresses.0.get(&address).map(|few| &*few.first().0)
+    }
+
     pub fn any_due(&self) -> bool {
         !self.made || !self.due.is_empty()
     }
 
     /// Makes those that are due.
     pub fn make(&mut self, around: &Surroundings<'_>, changes: &mut Changes) {
-        let Self { all, own: _, owners, due, made, gone: _, problems } = self;
+        let Self { all, own: _, owners, due, made, gone: _, relabelled: _, problems } = self;
         let mut make = |name: Name, member: Option<&mut Member>| {
             changes.problems |= problems.remove(&name).is_some();
             let Some(member) = member else { return };
@@ -509,6 +389,7 @@ impl Owners {
             // Elsewhere the annotation is any pod owner's to write, and could name another's.
             netns: settings.standalone_node.as_ref().and(netns).cloned(),
             rules,
+            labels: judged.map(|own| own.told.clone()),
             names: pod.kin.names.clone(),
             cluster: settings.cluster.clone(),
         })

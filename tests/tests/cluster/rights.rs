@@ -13,6 +13,7 @@ const AGENT: &[&str] = &[
     "get,list,watch endpointslices.discovery.k8s.io",
     "get,list,watch runtimeclasses.node.k8s.io",
     "get,list,watch authorizationpolicies.security.istio.io,peerauthentications.security.istio.io",
+    "get,list,watch virtualservices.networking.istio.io,destinationrules.networking.istio.io",
     "get,list,watch httproutes.gateway.networking.k8s.io,grpcroutes.gateway.networking.k8s.io,\
      referencegrants.gateway.networking.k8s.io",
     "patch pods",

@@ -1,7 +1,6 @@
 //! What is done with one request: the rule is found, and its action carried out.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::{Arc, LazyLock};
@@ -25,13 +24,14 @@ use super::forward::{Answered, Failure, Source, forward};
 use super::heads::{Bad, Head, new_id, one_hop};
 use super::pool::Bare;
 use super::{Asking, World};
+use crate::model::Labels;
 use crate::model::http::{Action, Backend, HttpRule, PathRewrite, Target};
 use crate::proxy::error::ConnError;
 use crate::proxy::route::{self, cors, fault};
 use crate::telemetry::Flags;
 
-/// Labels of the client's pod; the model does not have them yet.
-static NO_LABELS: LazyLock<BTreeMap<Arc<str>, Arc<str>>> = LazyLock::new(BTreeMap::new);
+/// Of a client that is no pod of this node.
+static NO_LABELS: LazyLock<Labels> = LazyLock::new(Labels::new);
 
 /// What a rule makes of a head.
 struct Judged {
@@ -150,6 +150,8 @@ pub async fn handle<W: World>(asking: Rc<Asking<W>>, mut request: Request<Incomi
 }
 
 fn judge<W: World>(asking: &Asking<W>, table: &crate::model::http::RouteTable, head: &Head) -> Option<Judged> {
+    let client = asking.facts.source.workload.as_ref();
+    let labels = client.and_then(|workload| workload.labels.as_deref()).unwrap_or(&NO_LABELS);
     let request = route::Request {
         method: &head.method,
         path: head.path.path(),
@@ -157,7 +159,7 @@ fn judge<W: World>(asking: &Asking<W>, table: &crate::model::http::RouteTable, h
         scheme: "http",
         authority: head.authority.to_str().unwrap_or_default(),
         headers: &head.headers,
-        client: route::Client { namespace: &asking.namespace, labels: &NO_LABELS },
+        client: route::Client { namespace: &asking.namespace, labels },
     };
     let found = route::find(table, &request)?;
     let path = |rewrite: &PathRewrite| route::path_of(rewrite, found.matched, &request);

@@ -28,7 +28,7 @@ struct Heard {
 
 fn heard() -> impl Strategy<Value = Heard> {
     // Mostly pods and slices, as in a cluster, and routes with the services that they speak of.
-    let kind = prop_oneof![6 => Just(2), 3 => Just(3), 3 => Just(4), 3 => Just(8), 8 => 0..11usize];
+    let kind = prop_oneof![6 => Just(2), 3 => Just(3), 3 => Just(4), 3 => Just(8), 4 => 11..13usize, 8 => 0..13usize];
     (kind, prop::bool::weighted(0.2), any::<[u8; 12]>()).prop_map(|(kind, gone, digits)| Heard { kind, gone, digits })
 }
 
@@ -94,6 +94,8 @@ impl Heard {
                 value["spec"] = json!({"from": [from], "to": [{"group": "", "kind": "Service", "name": name}]});
                 value
             }
+            11 => self.virtual_service(of_kind("networking.istio.io/v1", "VirtualService")),
+            12 => self.destination_rule(of_kind("networking.istio.io/v1", "DestinationRule")),
             _ => {
                 let mut value = of_kind("security.istio.io/v1", "AuthorizationPolicy");
                 value["spec"] = json!({"action": self.of(4, &["ALLOW", "DENY", "BROKEN"]), "rules": [{}]});
@@ -176,6 +178,62 @@ impl Heard {
         value
     }
 
+    fn host(&self, digit: usize) -> String {
+        let (name, namespace) = (self.of(digit, &NAMES), self.of(digit + 1, &NAMESPACES));
+        match self.digits[digit] % 7 {
+            0 => "*".into(),
+            1 => format!("*.{namespace}.svc.cluster.local"),
+            2 | 3 => format!("{name}.{namespace}.svc.cluster.local"),
+            _ => name.into(),
+        }
+    }
+
+    fn virtual_service(&self, mut value: Value) -> Value {
+        let mut to = json!({"host": self.of(5, &NAMES)});
+        if self.yes(6, 2) {
+            to["subset"] = self.of(7, &["one", "two"]).into();
+        }
+        let delegate = json!({"name": self.of(7, &NAMES), "namespace": self.of(8, &NAMESPACES)});
+        let asked = json!([{"uri": {"prefix": self.of(9, &["/", "/a", "/a/b"])}}]);
+        let first = match self.digits[10] % 3 {
+            0 => json!({"match": asked, "delegate": delegate}),
+            1 => json!({"match": asked, "redirect": {"uri": "/b"}}),
+            _ => json!({"match": asked, "route": [{"destination": {"host": self.host(8).replace('*', "a")}}]}),
+        };
+        value["spec"] = json!({"hosts": [self.host(4)], "exportTo": self.export_to(11),
+            "http": [first, {"route": [{"destination": to}]}]});
+        if self.yes(6, 3) {
+            value["spec"]["hosts"] = json!([]);
+        }
+        if self.yes(3, 9) {
+            value["spec"]["http"][0]["wrong"] = true.into();
+        }
+        value
+    }
+
+    fn destination_rule(&self, mut value: Value) -> Value {
+        let subsets = json!([
+            {"name": "one", "labels": {"app": self.of(5, &["x", "y"])}},
+            {"name": self.of(6, &["one", "two"]), "labels": {"version": "2"},
+                "trafficPolicy": {"loadBalancer": {"simple": "RANDOM"}}},
+        ]);
+        value["spec"] = json!({"host": self.host(7), "exportTo": self.export_to(9), "subsets": subsets});
+        if self.yes(10, 2) {
+            value["spec"]["trafficPolicy"] = json!({"portLevelSettings": [{"port": {"number": PORTS[0]},
+                "outlierDetection": {"consecutive5xxErrors": self.digits[11]}}]});
+        }
+        value
+    }
+
+    fn export_to(&self, digit: usize) -> Value {
+        match self.digits[digit] % 5 {
+            0 => json!(["."]),
+            1 => json!([self.of(digit - 1, &NAMESPACES)]),
+            2 => json!(["*"]),
+            _ => Value::Null,
+        }
+    }
+
     fn slice(&self, mut value: Value) -> Value {
         value["metadata"]["labels"] = json!({"kubernetes.io/service-name": self.of(4, &NAMES)});
         value["addressType"] = self.of(5, &["IPv4", "IPv4", "IPv4", "broken"]).into();
@@ -211,6 +269,9 @@ fn answers(snapshot: &Snapshot) -> Vec<String> {
     let mut http: Vec<_> = snapshot.http_ports().map(|(key, routes)| format!("{key:?} {routes:?}")).collect();
     http.sort();
     answers.extend(http);
+    let mut traffic: Vec<_> = snapshot.traffic_ports().map(|(key, all)| format!("{key:?} {all:?}")).collect();
+    traffic.sort();
+    answers.extend(traffic);
     answers.push(format!("{} {}", snapshot.count_workloads(), snapshot.count_services()));
     answers
 }

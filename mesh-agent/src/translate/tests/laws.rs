@@ -130,6 +130,17 @@ fn json_values() -> impl Strategy<Value = Value> {
         "retry",
         "codes",
         "sessionPersistence",
+        "hosts",
+        "http",
+        "route",
+        "destination",
+        "host",
+        "subset",
+        "subsets",
+        "trafficPolicy",
+        "loadBalancer",
+        "connectionPool",
+        "outlierDetection",
     ];
     leaf.prop_recursive(5, 64, 6, |inner| {
         prop_oneof![
@@ -152,6 +163,8 @@ const KINDS: &[(&str, &str)] = &[
     ("networking.istio.io/v1", "VirtualService"),
     ("gateway.networking.k8s.io/v1", "HTTPRoute"),
     ("gateway.networking.k8s.io/v1", "GRPCRoute"),
+    ("networking.istio.io/v1", "VirtualService"),
+    ("networking.istio.io/v1", "DestinationRule"),
     ("gateway.networking.k8s.io/v1beta1", "ReferenceGrant"),
 ];
 

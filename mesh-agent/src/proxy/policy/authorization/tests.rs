@@ -37,6 +37,7 @@ fn workload(policies: Vec<AuthorizationPolicy>, mode: MtlsMode) -> Workload {
             mtls: MtlsModes { default: mode, ..Default::default() },
             policies: policies.into_iter().map(Arc::new).collect(),
         })),
+        labels: None,
         names: Arc::new(Names {
             workload: text("app"),
             app: text("app"),
