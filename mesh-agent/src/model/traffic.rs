@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::http::Name;
-use super::{ObjectRef, ServicePort};
+use super::{ObjectRef, Service};
 
 /// What holds for one port of a service, by who asks.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
@@ -29,8 +29,8 @@ pub struct Destination {
 /// Some of a port's endpoints, by their pods' labels.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Subset {
-    /// The service's port with these endpoints alone; there may be none.
-    pub port: ServicePort,
+    /// The service with this port alone, and of its endpoints these alone; there may be none.
+    pub service: Arc<Service>,
     pub policy: Arc<TrafficPolicy>,
 }
 

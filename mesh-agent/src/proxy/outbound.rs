@@ -15,7 +15,7 @@ use super::transport::session::{Counts, Early, Side};
 use super::transport::{copy, hbone, io as sock};
 use super::worker::{LocalPod, Worker};
 use super::{application, balance, http};
-use crate::model::{OutboundPolicy, Snapshot, Target};
+use crate::model::{OutboundPolicy, Service, ServiceKey, Snapshot, Target};
 use crate::telemetry::{Party, Security};
 
 /// Serves one connection, from the original destination to the last byte.
@@ -81,6 +81,10 @@ async fn reach(
             return Err((lone(None, Some(service)), error));
         }
     };
+    if let Some(reason) = closed(snapshot, pod, &service, port) {
+        let error = ConnError::NoEndpoint(format!("{} ({reason})", service.hostname));
+        return Err((lone(None, Some(service)), error));
+    }
     let deadline = Instant::now() + CONNECT_BUDGET;
     let (mut tried, mut last) = (Vec::new(), None);
     while tried.len() < MAX_TRIES && Instant::now() < deadline {
@@ -104,6 +108,13 @@ async fn reach(
         let error = ConnError::NoEndpoint(service.hostname.to_string());
         (lone(None, Some(service)), error)
     }))
+}
+
+/// Why nothing is sent to a service's port, where a rule wants what cannot be done.
+fn closed(snapshot: &Snapshot, pod: &LocalPod, service: &Service, port: usize) -> Option<Arc<str>> {
+    let name = (service.namespace.clone(), service.name.clone());
+    let all = snapshot.traffic(&ServiceKey::new(&name, service.ports[port].port))?;
+    all.of(&pod.pod.workload.namespace)?.policy.closed.clone()
 }
 
 /// Carries the bytes and writes the record.

@@ -221,7 +221,7 @@ impl Traffic {
         made.problems.dedup();
         for port in &service.ports {
             let mut make = |joined: &Joined<'_>| {
-                Arc::new(destination(joined, port, |subset, address| {
+                Arc::new(destination(joined, service, port, |subset, address| {
                     made.addresses.insert(address);
                     pods.at(address).is_some_and(|pod| pod.has_labels(subset))
                 }))
@@ -269,6 +269,7 @@ fn policy_of<'a>(joined: &Joined<'a>) -> (&'a DestinationRule, &'a Policy) {
 
 fn destination(
     joined: &Joined<'_>,
+    service: &Service,
     port: &ServicePort,
     mut selects: impl FnMut(&super::report::Labels, IpAddr) -> bool,
 ) -> Destination {
@@ -280,7 +281,9 @@ fn destination(
             let endpoints = port.endpoints.iter().map(|e| (e, has(e.address.ip())));
             let endpoints = endpoints.filter(|(_, has)| *has).map(|(endpoint, _)| endpoint.clone()).collect();
             let port = ServicePort { endpoints, ..port.clone() };
-            Arc::new(Subset { policy: Arc::new(policy.of_subset(&subset.policy, port.port)), port })
+            let policy = Arc::new(policy.of_subset(&subset.policy, port.port));
+            let service = Service { ports: vec![port], ..service.clone() };
+            Arc::new(Subset { policy, service: Arc::new(service) })
         });
     }
     // Without a file: a rule is the same where its text has moved.

@@ -15,7 +15,7 @@ use super::heads::Head;
 use super::pool::{Bare, Lease, Protocol, Unsent, with_cause};
 use super::{Asking, Declared, World, declared};
 use crate::model::http::{HttpRule, Target};
-use crate::model::{Service, Snapshot};
+use crate::model::{Service, ServiceKey, Snapshot};
 use crate::proxy::error::ConnError;
 use crate::proxy::route::retry::{Tried, is_worth_another, pause};
 use crate::proxy::transport::frame::Refusal;
@@ -192,7 +192,7 @@ async fn ask<W: World>(
 ) -> Result<Answered, Failure> {
     let world = &asking.world;
     let snapshot = world.snapshot();
-    let (service, port) = find(&snapshot, target)?;
+    let (service, port) = find(&snapshot, &asking.namespace, target)?;
     let protocol = match declared(&service.ports[port]) {
         // Only HTTP/1 can become something else.
         _ if head.upgrade.is_some() || head.method == Method::CONNECT => Protocol::Http1,
@@ -311,22 +311,36 @@ fn is_idempotent(method: &Method) -> bool {
     matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS | Method::TRACE | Method::PUT | Method::DELETE)
 }
 
-/// The service's port that a target names.
-pub fn find<'s>(snapshot: &'s Snapshot, target: &Target) -> Result<(&'s Arc<Service>, usize), Failure> {
-    let (namespace, name, port, subset) = match target {
+/// The service's port that a target names, for a client of a namespace. Of a subset only its own endpoints, and never another
+/// version than the one that is named.
+pub fn find<'s>(
+    snapshot: &'s Snapshot,
+    namespace: &str,
+    target: &Target,
+) -> Result<(&'s Arc<Service>, usize), Failure> {
+    let (of, name, port, subset) = match target {
         Target::Service { namespace, name, port, subset } => (namespace, name, port, subset),
         Target::Broken { reason } => return Err(Failure::NoBackend(reason.to_string())),
     };
-    if let Some(subset) = subset {
-        // Never another version than the one that is named.
-        return Err(Failure::NoBackend(format!(
-            "{namespace}/{name} has no subset {subset}; check its DestinationRule"
-        )));
+    let key = ServiceKey { namespace: of.clone(), name: name.clone(), port: *port };
+    let rule = snapshot.traffic(&key).and_then(|all| all.of(namespace));
+    let subset = match subset {
+        None => None,
+        Some(subset) => Some(rule.and_then(|rule| rule.subsets.get(subset)).ok_or_else(|| {
+            Failure::NoBackend(format!("{of}/{name} has no subset {subset}; check its DestinationRule"))
+        })?),
+    };
+    let policy = subset.map(|subset| &subset.policy).or(rule.map(|rule| &rule.policy));
+    if let Some(reason) = policy.and_then(|policy| policy.closed.as_ref()) {
+        return Err(Failure::NoBackend(format!("{of}/{name} is closed: {reason}")));
     }
-    let service = snapshot.service(namespace, name);
-    let service = service
-        .ok_or_else(|| Failure::NoBackend(format!("there is no service {namespace}/{name}; check the route")))?;
+    if let Some(subset) = subset {
+        return Ok((&subset.service, 0));
+    }
+    let service = snapshot.service(of, name);
+    let service =
+        service.ok_or_else(|| Failure::NoBackend(format!("there is no service {of}/{name}; check the route")))?;
     let at = service.ports.iter().position(|p| p.port == *port);
-    let at = at.ok_or_else(|| Failure::NoBackend(format!("{namespace}/{name} has no port {port}; check the route")))?;
+    let at = at.ok_or_else(|| Failure::NoBackend(format!("{of}/{name} has no port {port}; check the route")))?;
     Ok((service, at))
 }

@@ -17,7 +17,7 @@ pub(super) fn render(key: &ServiceKey, all: &Destinations, out: &mut String) {
         let Destination { object, policy: general, subsets } = &**destination;
         writeln!(out, "  {object}{}", policy(general)).unwrap();
         for (name, subset) in subsets {
-            let endpoints: Vec<_> = subset.port.endpoints.iter().map(|e| e.address.to_string()).collect();
+            let endpoints: Vec<_> = subset.service.ports[0].endpoints.iter().map(|e| e.address.to_string()).collect();
             writeln!(out, "  subset {name} [{}]{}", endpoints.join(", "), policy(&subset.policy)).unwrap();
         }
     }
