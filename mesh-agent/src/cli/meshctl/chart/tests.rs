@@ -36,7 +36,7 @@ fn each_profile_renders() {
         assert!(!about.is_empty(), "{name} says nothing about itself");
         let given = Given { profile: Some(name.to_owned()), ..Given::default() };
         let rendered = render(&complete(&overrides(&given).unwrap()).unwrap(), "mesh").unwrap();
-        assert_eq!(rendered.crds.len(), 2);
+        assert_eq!(rendered.crds.len(), 4);
         let agent = named(&rendered, "DaemonSet", "nodemesh-agent").unwrap();
         assert_eq!(agent["metadata"]["namespace"], "mesh");
         let replicas = if name == "production" {
