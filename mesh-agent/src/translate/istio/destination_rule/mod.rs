@@ -151,6 +151,9 @@ struct SpecBudget {
     budget_interval: Option<String>,
 }
 
+/// The data path does not look at them yet.
+const NOT_YET: &str = "it is checked, but not honoured yet: endpoints are used as without it";
+
 pub(in crate::translate) fn destination_rule(object: &Object, report: &mut Report) -> Option<DestinationRule> {
     if !schema::check(object, &shapes::SPEC, report) {
         return None;
@@ -217,6 +220,9 @@ impl SpecPolicy {
             }
             let parts = Parts::read(load_balancer, connection_pool, outlier_detection, tls, &field, report);
             ports.push((number, parts));
+        }
+        if self.retry_budget.is_some() {
+            report.warning(&format!("{field}.retryBudget"), NOT_YET);
         }
         let retry_budget = self.retry_budget.and_then(|b| b.read(&format!("{field}.retryBudget"), report));
         Policy { parts, retry_budget, ports }
@@ -287,6 +293,14 @@ impl Parts {
         field: &str,
         report: &mut Report,
     ) -> Self {
+        let given = [
+            ("loadBalancer", balancer.is_some()),
+            ("connectionPool", pool.is_some()),
+            ("outlierDetection", outlier.is_some()),
+        ];
+        for (name, _) in given.iter().filter(|(_, is_given)| *is_given) {
+            report.warning(&format!("{field}.{name}"), NOT_YET);
+        }
         Self {
             balance: balancer.map(|b| b.read(&format!("{field}.loadBalancer"), report)),
             pool: pool.map(|p| p.read(&format!("{field}.connectionPool"), report)),
